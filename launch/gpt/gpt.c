@@ -1,0 +1,349 @@
+#include "gpt.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "counter.h"
+#include "gpt_layers.h"
+
+/* n positions at most, L layers, C width, T context, H heads; all carved from one block */
+typedef struct activations {
+    gpt_real *residual;   /* [L + 1, n, C]: what enters block l; the last leaves the blocks */
+    gpt_real *middle;     /* [L, n, C]: after attention */
+    gpt_real *attn_norm;  /* [L, n, C] */
+    gpt_real *qkv;        /* [L, n, 3C] */
+    gpt_real *probs;      /* [L, n/T, H, T, T] */
+    gpt_real *attn;       /* [L, n, C]: before attn_out */
+    gpt_real *mlp_norm;   /* [L, n, C] */
+    gpt_real *up;         /* [L, n, 4C]: before GELU */
+    gpt_real *gelu;       /* [L, n, 4C] */
+    gpt_real *final_norm; /* [n, C] */
+    gpt_real *logits;     /* [n, 256]: probabilities after forward, gradients after backward */
+    gpt_real *mean;       /* [2 L + 1, n]: attn norm of l at 2 l, mlp norm at 2 l + 1, final norm */
+    gpt_real *rstd;       /* [2 L + 1, n] */
+    /* backward only */
+    gpt_real *d_residual; /* [n, C] */
+    gpt_real *d_narrow;   /* [n, C] */
+    gpt_real *d_wide;     /* [n, 4C] */
+    gpt_real *scores;     /* [T, T] */
+} activations;
+
+struct gpt {
+    gpt_shape shape;
+    int sequences; /* the most there is room for */
+    size_t tensor_count, parameter_count;
+    gpt_tensor tensors[GPT_TENSOR_MAX];
+    gpt_real *params, *grads, *block; /* own */
+    activations a;
+    const unsigned char *windows; /* of the latest forward */
+    int forward_sequences;
+};
+
+const char *gpt_shape_error(const gpt_shape *shape) {
+    if (shape->layers < 1 || shape->width < 1 || shape->heads < 1 || shape->context < 1)
+        return "layers, width, heads and context must be at least 1";
+    if (shape->layers > 1024 || shape->width > 65536 || shape->context > 65536)
+        return "layers, width or context is too large (1024, 65536, 65536)";
+    if (shape->width % shape->heads)
+        return "the width must be a multiple of the heads";
+    return NULL;
+}
+
+/* ---- tensors ---- */
+
+static void describe(gpt *model, size_t id, const char *name, muonshard_role role, int dims,
+                     int64_t d0, int64_t d1, int64_t d2) {
+    gpt_tensor *t = &model->tensors[id];
+    *t = (gpt_tensor){.name = name, .role = role, .dims = dims, .shape = {d0, d1, d2}};
+    t->entries = role == MUONSHARD_ROLE_MATRIX ? d0 : 1;
+    t->count = (size_t)(d0 * (dims > 1 ? d1 : 1) * (dims > 2 ? d2 : 1));
+    model->parameter_count += t->count;
+    model->tensor_count++;
+}
+
+static void describe_all(gpt *model) {
+    int64_t layers = model->shape.layers, width = model->shape.width;
+    const muonshard_role matrix = MUONSHARD_ROLE_MATRIX, plain = MUONSHARD_ROLE_ELEMENTWISE;
+    describe(model, GPT_TOKEN_EMBEDDING, "token_embedding", plain, 2, GPT_VOCABULARY, width, 0);
+    describe(model, GPT_POSITION_EMBEDDING, "position_embedding", plain, 2, model->shape.context,
+             width, 0);
+    describe(model, GPT_ATTN_NORM, "blocks.attn_norm", plain, 2, layers, width, 0);
+    describe(model, GPT_QKV, "blocks.qkv", matrix, 3, layers, 3 * width, width);
+    describe(model, GPT_ATTN_OUT, "blocks.attn_out", matrix, 3, layers, width, width);
+    describe(model, GPT_MLP_NORM, "blocks.mlp_norm", plain, 2, layers, width, 0);
+    describe(model, GPT_MLP_UP, "blocks.mlp_up", matrix, 3, layers, 4 * width, width);
+    describe(model, GPT_MLP_DOWN, "blocks.mlp_down", matrix, 3, layers, width, 4 * width);
+    describe(model, GPT_FINAL_NORM, "final_norm", plain, 1, width, 0, 0);
+    if (!model->shape.tied)
+        describe(model, GPT_HEAD, "head", plain, 2, GPT_VOCABULARY, width, 0);
+    gpt_tensor *qkv = &model->tensors[GPT_QKV];
+    qkv->row_split_count = 3;
+    for (int i = 0; i < 3; i++)
+        qkv->row_splits[i] = width;
+}
+
+/* Entry l of a stack; l = 0 for what is no stack. */
+static gpt_real *param(const gpt *model, size_t id, int l) {
+    const gpt_tensor *t = &model->tensors[id];
+    return t->param + (size_t)l * (t->count / (size_t)t->shape[0]);
+}
+
+static gpt_real *grad(const gpt *model, size_t id, int l) {
+    return model->tensors[id].grad + (param(model, id, l) - model->tensors[id].param);
+}
+
+/* ---- memory ---- */
+
+/* A multiple of 64 bytes, zeroed. */
+static gpt_real *allocate(size_t count) {
+    size_t bytes = (count * sizeof(gpt_real) + 63) / 64 * 64;
+    gpt_real *p = aligned_alloc(64, bytes);
+    if (p)
+        memset(p, 0, bytes);
+    return p;
+}
+
+static bool allocate_activations(gpt *model) {
+    activations *a = &model->a;
+    size_t layers = (size_t)model->shape.layers, context = (size_t)model->shape.context;
+    size_t n = (size_t)model->sequences * context, plane = n * (size_t)model->shape.width;
+    const struct {
+        gpt_real **at;
+        size_t count;
+    } parts[] = {
+        {&a->residual, (layers + 1) * plane},
+        {&a->middle, layers * plane},
+        {&a->attn_norm, layers * plane},
+        {&a->qkv, layers * 3 * plane},
+        {&a->probs, layers * n * (size_t)model->shape.heads * context},
+        {&a->attn, layers * plane},
+        {&a->mlp_norm, layers * plane},
+        {&a->up, layers * 4 * plane},
+        {&a->gelu, layers * 4 * plane},
+        {&a->final_norm, plane},
+        {&a->logits, n * GPT_VOCABULARY},
+        {&a->mean, (2 * layers + 1) * n},
+        {&a->rstd, (2 * layers + 1) * n},
+        {&a->d_residual, plane},
+        {&a->d_narrow, plane},
+        {&a->d_wide, 4 * plane},
+        {&a->scores, context * context},
+    };
+    const size_t part_count = sizeof parts / sizeof *parts, align = 64 / sizeof(gpt_real);
+    size_t total = 0;
+    for (size_t i = 0; i < part_count; i++)
+        total += (parts[i].count + align - 1) / align * align;
+    model->block = allocate(total);
+    if (!model->block)
+        return false;
+    gpt_real *next = model->block;
+    for (size_t i = 0; i < part_count; i++) {
+        *parts[i].at = next;
+        next += (parts[i].count + align - 1) / align * align;
+    }
+    return true;
+}
+
+gpt *gpt_create(const gpt_shape *shape, int sequences) {
+    if (gpt_shape_error(shape) || sequences < 1)
+        return NULL;
+    gpt *model = calloc(1, sizeof *model);
+    if (!model)
+        return NULL;
+    model->shape = *shape;
+    model->sequences = sequences;
+    describe_all(model);
+    model->params = allocate(model->parameter_count);
+    model->grads = allocate(model->parameter_count);
+    if (!model->params || !model->grads || !allocate_activations(model)) {
+        gpt_destroy(model);
+        return NULL;
+    }
+    size_t at = 0;
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        model->tensors[i].param = model->params + at;
+        model->tensors[i].grad = model->grads + at;
+        at += model->tensors[i].count;
+    }
+    gpt_init(model, 0);
+    return model;
+}
+
+void gpt_destroy(gpt *model) {
+    if (!model)
+        return;
+    free(model->params);
+    free(model->grads);
+    free(model->block);
+    free(model);
+}
+
+const gpt_tensor *gpt_tensors(const gpt *model, size_t *count) {
+    *count = model->tensor_count;
+    return model->tensors;
+}
+
+size_t gpt_parameter_count(const gpt *model) {
+    return model->parameter_count;
+}
+
+/* ---- initial parameters ---- */
+
+/* Element i of a stream: Box-Muller on two numbers of a counter. */
+static double normal(uint64_t stream, uint64_t i) {
+    double u = ((double)(counter_mix(stream + 2 * i) >> 11) + 0.5) * 0x1p-53;
+    double v = ((double)(counter_mix(stream + 2 * i + 1) >> 11) + 0.5) * 0x1p-53;
+    return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
+}
+
+void gpt_init(gpt *model, uint64_t seed) {
+    for (size_t id = 0; id < model->tensor_count; id++) {
+        gpt_tensor *t = &model->tensors[id];
+        bool gain = id == GPT_ATTN_NORM || id == GPT_MLP_NORM || id == GPT_FINAL_NORM;
+        bool into_residual = id == GPT_ATTN_OUT || id == GPT_MLP_DOWN;
+        double std = into_residual ? 0.02 / sqrt(2.0 * model->shape.layers) : 0.02;
+        uint64_t stream = counter_mix(counter_mix(seed) + id);
+        for (size_t i = 0; i < t->count; i++)
+            t->param[i] = gain ? 1 : (gpt_real)(std * normal(stream, i));
+    }
+}
+
+/* ---- forward ---- */
+
+static attention_shape current(const gpt *model) {
+    return (attention_shape){model->forward_sequences, model->shape.context, model->shape.heads,
+                             model->shape.width};
+}
+
+static size_t head_id(const gpt *model) {
+    return model->shape.tied ? GPT_TOKEN_EMBEDDING : GPT_HEAD;
+}
+
+/* Where layer l's part begins in an activation of `width` columns, which has room for all
+ * sequences. */
+static size_t at_layer(const gpt *model, int l, size_t width) {
+    return (size_t)l * (size_t)model->sequences * (size_t)model->shape.context * width;
+}
+
+static void block_forward(gpt *model, int l) {
+    const activations *a = &model->a;
+    attention_shape s = current(model);
+    int n = s.sequences * s.context, width = s.width;
+    size_t plane = at_layer(model, l, (size_t)width), row = at_layer(model, 1, 1);
+    gpt_real *in = a->residual + plane, *middle = a->middle + plane;
+    gpt_real *out = a->residual + at_layer(model, l + 1, (size_t)width);
+    gpt_real *up = a->up + 4 * plane, *gelu = a->gelu + 4 * plane, *qkv = a->qkv + 3 * plane;
+    gpt_real *mean = a->mean + 2 * (size_t)l * row, *rstd = a->rstd + 2 * (size_t)l * row;
+    gpt_real *probs = a->probs + at_layer(model, l, (size_t)s.heads * (size_t)s.context);
+    size_t bytes = (size_t)n * (size_t)width * sizeof *in;
+
+    norm_forward(a->attn_norm + plane, mean, rstd, in, param(model, GPT_ATTN_NORM, l), n, width);
+    linear_forward(qkv, a->attn_norm + plane, param(model, GPT_QKV, l), n, width, 3 * width, false);
+    attention_forward(a->attn + plane, probs, qkv, &s);
+    memcpy(middle, in, bytes);
+    linear_forward(middle, a->attn + plane, param(model, GPT_ATTN_OUT, l), n, width, width, true);
+
+    norm_forward(a->mlp_norm + plane, mean + row, rstd + row, middle, param(model, GPT_MLP_NORM, l),
+                 n, width);
+    linear_forward(up, a->mlp_norm + plane, param(model, GPT_MLP_UP, l), n, width, 4 * width,
+                   false);
+    gelu_forward(gelu, up, 4 * (size_t)n * (size_t)width);
+    memcpy(out, middle, bytes);
+    linear_forward(out, gelu, param(model, GPT_MLP_DOWN, l), n, 4 * width, width, true);
+}
+
+double gpt_forward(gpt *model, const unsigned char *windows, int sequences) {
+    const activations *a = &model->a;
+    int layers = model->shape.layers, width = model->shape.width;
+    model->windows = windows;
+    model->forward_sequences = sequences;
+    attention_shape s = current(model);
+    int n = s.sequences * s.context;
+    size_t last = 2 * (size_t)layers * at_layer(model, 1, 1);
+
+    embed_forward(a->residual, param(model, GPT_TOKEN_EMBEDDING, 0),
+                  param(model, GPT_POSITION_EMBEDDING, 0), windows, &s);
+    for (int l = 0; l < layers; l++)
+        block_forward(model, l);
+    norm_forward(a->final_norm, a->mean + last, a->rstd + last,
+                 a->residual + at_layer(model, layers, (size_t)width),
+                 param(model, GPT_FINAL_NORM, 0), n, width);
+    linear_forward(a->logits, a->final_norm, param(model, head_id(model), 0), n, width,
+                   GPT_VOCABULARY, false);
+    return cross_entropy_forward(a->logits, windows, &s);
+}
+
+/* ---- backward ---- */
+
+typedef struct announcer {
+    gpt_ready_fn ready;
+    void *user;
+} announcer;
+
+static void announce(const announcer *to, size_t tensor, int l) {
+    if (to->ready)
+        to->ready(to->user, tensor, l, 1);
+}
+
+/* d_residual: the gradient of the block's output on entry, of its input on return. */
+static void block_backward(gpt *model, int l, const announcer *to) {
+    const activations *a = &model->a;
+    attention_shape s = current(model);
+    int n = s.sequences * s.context, width = s.width;
+    size_t plane = at_layer(model, l, (size_t)width), row = at_layer(model, 1, 1);
+    const gpt_real *mean = a->mean + 2 * (size_t)l * row, *rstd = a->rstd + 2 * (size_t)l * row;
+    const gpt_real *probs = a->probs + at_layer(model, l, (size_t)s.heads * (size_t)s.context);
+
+    linear_backward(a->d_wide, grad(model, GPT_MLP_DOWN, l), a->d_residual, a->gelu + 4 * plane,
+                    param(model, GPT_MLP_DOWN, l), n, 4 * width, width);
+    announce(to, GPT_MLP_DOWN, l);
+    gelu_backward(a->d_wide, a->up + 4 * plane, 4 * (size_t)n * (size_t)width);
+    linear_backward(a->d_narrow, grad(model, GPT_MLP_UP, l), a->d_wide, a->mlp_norm + plane,
+                    param(model, GPT_MLP_UP, l), n, width, 4 * width);
+    announce(to, GPT_MLP_UP, l);
+    norm_backward(a->d_residual, grad(model, GPT_MLP_NORM, l), a->d_narrow, a->middle + plane,
+                  param(model, GPT_MLP_NORM, l), mean + row, rstd + row, n, width);
+    if (l == 0)
+        announce(to, GPT_MLP_NORM, 0);
+
+    linear_backward(a->d_narrow, grad(model, GPT_ATTN_OUT, l), a->d_residual, a->attn + plane,
+                    param(model, GPT_ATTN_OUT, l), n, width, width);
+    announce(to, GPT_ATTN_OUT, l);
+    attention_backward(a->d_wide, a->d_narrow, probs, a->qkv + 3 * plane, a->scores, &s);
+    linear_backward(a->d_narrow, grad(model, GPT_QKV, l), a->d_wide, a->attn_norm + plane,
+                    param(model, GPT_QKV, l), n, width, 3 * width);
+    announce(to, GPT_QKV, l);
+    norm_backward(a->d_residual, grad(model, GPT_ATTN_NORM, l), a->d_narrow, a->residual + plane,
+                  param(model, GPT_ATTN_NORM, l), mean, rstd, n, width);
+    if (l == 0)
+        announce(to, GPT_ATTN_NORM, 0);
+}
+
+void gpt_backward(gpt *model, double scale, bool accumulate, gpt_ready_fn ready, void *user) {
+    const activations *a = &model->a;
+    const announcer to = {ready, user};
+    int layers = model->shape.layers, width = model->shape.width;
+    attention_shape s = current(model);
+    int n = s.sequences * s.context;
+    size_t last = 2 * (size_t)layers * at_layer(model, 1, 1);
+
+    if (!accumulate)
+        memset(model->grads, 0, model->parameter_count * sizeof *model->grads);
+    cross_entropy_backward(a->logits, scale, model->windows, &s);
+    linear_backward(a->d_narrow, grad(model, head_id(model), 0), a->logits, a->final_norm,
+                    param(model, head_id(model), 0), n, width, GPT_VOCABULARY);
+    if (!model->shape.tied)
+        announce(&to, GPT_HEAD, 0);
+    memset(a->d_residual, 0, (size_t)n * (size_t)width * sizeof *a->d_residual);
+    norm_backward(a->d_residual, grad(model, GPT_FINAL_NORM, 0), a->d_narrow,
+                  a->residual + at_layer(model, layers, (size_t)width),
+                  param(model, GPT_FINAL_NORM, 0), a->mean + last, a->rstd + last, n, width);
+    announce(&to, GPT_FINAL_NORM, 0);
+    for (int l = layers - 1; l >= 0; l--)
+        block_backward(model, l, &to);
+    embed_backward(grad(model, GPT_TOKEN_EMBEDDING, 0), grad(model, GPT_POSITION_EMBEDDING, 0),
+                   a->d_residual, model->windows, &s);
+    announce(&to, GPT_POSITION_EMBEDDING, 0);
+    announce(&to, GPT_TOKEN_EMBEDDING, 0);
+}

@@ -1,0 +1,85 @@
+/* gpt.h - a small GPT over bytes, forward and backward: what `muonshard train` trains.
+ *
+ * Token + position embedding; pre-norm blocks of causal multi-head attention (fused QKV) and an MLP
+ * four times as wide with GELU (tanh form); final norm; head, tied to the token embedding or its
+ * own. LayerNorm has a gain and no bias, linear maps have no bias. Weights are [out, in] and those
+ * of a kind are stacked over the layers. fp32; a build with GPT_DOUBLE is the same model in fp64,
+ * for checking gradients. GEMMs run on the BLAS threads the program set. */
+#ifndef GPT_H
+#define GPT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "muonshard.h"
+
+#ifdef GPT_DOUBLE
+typedef double gpt_real;
+#else
+typedef float gpt_real;
+#endif
+
+#define GPT_VOCABULARY 256
+
+typedef struct gpt_shape {
+    int layers, width, heads;
+    int context; /* positions in a sequence */
+    bool tied;   /* the head is the token embedding */
+} gpt_shape;
+
+/* In forward order; GPT_HEAD is missing when tied. L layers, C width. */
+enum {
+    GPT_TOKEN_EMBEDDING,    /* [256, C] */
+    GPT_POSITION_EMBEDDING, /* [context, C] */
+    GPT_ATTN_NORM,          /* [L, C] */
+    GPT_QKV,        /* [L, 3C, C]: rows of Q, K, V; a head's rows are together within each */
+    GPT_ATTN_OUT,   /* [L, C, C] */
+    GPT_MLP_NORM,   /* [L, C] */
+    GPT_MLP_UP,     /* [L, 4C, C] */
+    GPT_MLP_DOWN,   /* [L, C, 4C] */
+    GPT_FINAL_NORM, /* [C] */
+    GPT_HEAD,       /* [256, C] */
+    GPT_TENSOR_MAX
+};
+
+typedef struct gpt_tensor {
+    const char *name;
+    muonshard_role role; /* MATRIX for the stacks of the blocks, else ELEMENTWISE */
+    int dims;
+    int64_t shape[3];
+    size_t row_split_count; /* QKV: 3; else 0 */
+    int64_t row_splits[3];
+    int64_t entries; /* a MATRIX stack: layers; else 1 */
+    size_t count;    /* elements */
+    gpt_real *param; /* borrowed from the model's one parameter arena */
+    gpt_real *grad;  /* borrowed from its one gradient arena */
+} gpt_tensor;
+
+typedef struct gpt gpt;
+
+/* Entries [first, first + count) of tensor number `tensor` have their final gradient in this
+ * backward pass. Entries of a stack come from the last to the first. */
+typedef void (*gpt_ready_fn)(void *user, size_t tensor, int64_t first, int64_t count);
+
+/* NULL, or what is wrong with the shape. */
+const char *gpt_shape_error(const gpt_shape *shape);
+/* A model for up to `sequences` sequences at a time, parameters from gpt_init with seed 0,
+ * gradients zero. All memory is allocated here. NULL: out of memory, or gpt_shape_error. */
+gpt *gpt_create(const gpt_shape *shape, int sequences);
+void gpt_destroy(gpt *model);
+
+/* N(0, 0.02) weights and embeddings, attn_out and mlp_down times 1/sqrt(2 L), gains 1: a function
+ * of the seed alone. */
+void gpt_init(gpt *model, uint64_t seed);
+/* The tensors, in the order of the enum; borrowed from the model. */
+const gpt_tensor *gpt_tensors(const gpt *model, size_t *count);
+size_t gpt_parameter_count(const gpt *model);
+
+/* windows [sequences, context + 1] bytes, borrowed until backward: position t predicts byte t + 1.
+ * Returns the mean cross-entropy over all positions, nats. */
+double gpt_forward(gpt *model, const unsigned char *windows, int sequences);
+/* Gradient of scale * (mean loss of the latest forward): added to the gradients, or in their place.
+ * `ready` may be NULL; it is called exactly once for every entry. */
+void gpt_backward(gpt *model, double scale, bool accumulate, gpt_ready_fn ready, void *user);
+
+#endif

@@ -1,0 +1,218 @@
+/* plan.c - `muonshard plan MODEL --ranks 8,64 [--schedule]`: who owns what, what travels, what it
+ * costs in memory, and the schedule itself, without weights and without the ranks. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "command.h"
+#include "config.h"
+#include "message.h"
+#include "model_file.h"
+#include "muonshard_mpi.h"
+#include "optim/newton_schulz.h"
+#include "optim/schedule.h"
+
+static const command_option options[] = {
+    {"--ranks", COMMAND_VALUE, false, "N[,N...]", "world sizes to plan for (default 1)"},
+    {"--schedule", COMMAND_FLAG, false, NULL, "print the array of operations"},
+};
+
+static const command_usage usage = {
+    .name = "plan",
+    .synopsis = "MODEL [--ranks N[,N...]] [--schedule] [key=value...]",
+    .doc = "Prints owners, bytes and memory a rank for a model file, at each world size.",
+    .positional_min = 1,
+    .positional_max = 1,
+    .overrides = true,
+    .options = options,
+    .option_count = sizeof options / sizeof options[0],
+};
+
+#define MAX_RANKS 16384
+
+typedef struct planner {
+    muonshard_config *config;
+    const settings *settings;
+    model_file model;
+    registry registry;
+    int ranks[64];
+    int rank_count;
+} planner;
+
+static muonshard_status read_ranks(planner *p, const char *text, char *message) {
+    while (*text) {
+        char *end;
+        errno = 0;
+        const long n = strtol(text, &end, 10);
+        if (end == text || errno || n < 1 || n > MAX_RANKS || (*end && *end != ',') ||
+            p->rank_count == (int)(sizeof p->ranks / sizeof p->ranks[0]))
+            return message_fail(message, MUONSHARD_ERR_ARGUMENT,
+                                "--ranks is '%s'; wanted are at most 64 numbers from 1 to %d, "
+                                "separated by commas",
+                                text, MAX_RANKS);
+        p->ranks[p->rank_count++] = (int)n;
+        text = *end ? end + 1 : end;
+    }
+    return MUONSHARD_OK;
+}
+
+static muonshard_status load(planner *p, const char *path, const command_args *args,
+                             char *message) {
+    muonshard_status status = muonshard_config_create(&p->config);
+    if (status == MUONSHARD_OK)
+        status = muonshard_config_add_table(p->config, model_file_table, model_file_table_count,
+                                            &p->model);
+    if (status == MUONSHARD_OK)
+        status = muonshard_config_load_file(p->config, path);
+    for (size_t i = 0; status == MUONSHARD_OK && i < args->override_count; i++) {
+        char key[256];
+        const char *equals = strchr(args->overrides[i], '=');
+        snprintf(key, sizeof key, "%.*s", (int)(equals - args->overrides[i]), args->overrides[i]);
+        status = muonshard_config_set(p->config, key, equals + 1);
+    }
+    if (status != MUONSHARD_OK)
+        return message_fail(message, status, "%s", muonshard_config_last_error(p->config));
+    p->settings = config_settings(p->config);
+    status = model_file_parse(&p->model, message);
+    if (status != MUONSHARD_OK)
+        return status;
+    static float no_weights; /* the registry wants a pointer; a plan never follows it */
+    for (size_t i = 0; i < p->model.tensor_count; i++) {
+        error_text error;
+        p->model.tensors[i].param = &no_weights;
+        status = registry_add(&p->registry, p->settings, &p->model.tensors[i], NULL, &error);
+        if (status != MUONSHARD_OK)
+            return message_fail(message, status, "%s: %s", path, error.text);
+    }
+    return MUONSHARD_OK;
+}
+
+static double mib(size_t bytes) {
+    return (double)bytes / (1024.0 * 1024.0);
+}
+
+/* Newton-Schulz workspace of the largest batch on the host: X, Y, A, B. */
+static size_t newton_schulz_bytes(const plan *p) {
+    size_t largest = 0;
+    for (size_t b = 0; b < p->batch_count; b++) {
+        const size_t m = (size_t)p->batches[b].m, n = (size_t)p->batches[b].n;
+        const size_t bytes = p->batches[b].kind == PLAN_FLAT ? 0 : 8 * m * (m + n);
+        largest = bytes > largest ? bytes : largest;
+    }
+    return largest;
+}
+
+static muonshard_status print_flops(const planner *p, char *message) {
+    double flops = 0.0, parameters = 0.0;
+    for (size_t i = 0; i < p->registry.view_count; i++) {
+        const view *v = &p->registry.views[i];
+        const int64_t m = v->rows < v->cols ? v->rows : v->cols,
+                      n = v->rows < v->cols ? v->cols : v->rows;
+        ns_program program;
+        error_text error;
+        const muonshard_status status = newton_schulz_compile(p->settings, m, n, &program, &error);
+        if (status != MUONSHARD_OK)
+            return message_fail(message, status, "%s", error.text);
+        flops += ns_program_flops(&program, m, n);
+    }
+    for (size_t i = 0; i < p->registry.tensor_count; i++)
+        parameters += (double)p->registry.tensors[i].elements;
+    printf("# %s: %zu tensors, %.3f M parameters, %zu matrices, Newton-Schulz %.3f GFLOP a step\n",
+           p->model.name, p->registry.tensor_count, parameters * 1e-6, p->registry.view_count,
+           flops * 1e-9);
+    return MUONSHARD_OK;
+}
+
+static void print_header(void) {
+    printf("#\n# %6s %6s %7s %9s %9s %9s %9s %9s %9s %9s\n", "ranks", "waves", "batches",
+           "imbalance", "reduce", "gather", "packed", "padded", "state", "workspace");
+    printf("# %6s %6s %7s %9s %9s %9s %9s %9s %9s %9s\n", "", "", "", "max/mean", "(MiB)", "(MiB)",
+           "(MiB)", "(MiB)", "(MiB)", "(MiB)");
+}
+
+static void print_row(const plan *q) {
+    const size_t state = (q->matrix_elements + 2 * q->flat_shard) * sizeof(float);
+    const size_t work =
+        (q->owned_elements + q->flat_shard + q->pack_elements + q->exchange_elements) *
+            sizeof(float) +
+        newton_schulz_bytes(q);
+    printf("  %6d %6zu %7zu %9.3f %9.2f %9.2f %9.2f %9.2f %9.2f %9.2f\n", q->world_size,
+           q->wave_count, q->batch_count, q->imbalance, mib(q->bytes_reduced),
+           mib(q->bytes_gathered), mib(q->bytes_packed), mib(q->bytes_padded), mib(state),
+           mib(work));
+}
+
+static void print_schedule(const plan *q, const schedule *s) {
+    printf("# schedule for %d ranks\n#   op  %-24s %-8s waits_on  what\n", q->world_size,
+           "operation", "stream");
+    for (size_t i = 0; i < s->count; i++) {
+        const op *o = &s->ops[i];
+        char label[64], waits[16] = "-";
+        op_label(o, label, sizeof label);
+        if (o->waits_on != OP_NONE)
+            snprintf(waits, sizeof waits, "%d", o->waits_on);
+        printf("  %4zu  %-24s %-8s %8s", i, label, o->stream == STREAM_COMM ? "comm" : "compute",
+               waits);
+        if (o->index != OP_NONE && o->kind < OP_AGREE) {
+            const bucket *b = &q->buckets[o->index];
+            printf("  %zu wave%s%s", b->count, b->count == 1 ? "" : "s",
+                   b->packed ? ", packed" : "");
+        } else if (o->index != OP_NONE) {
+            const batch *b = &q->batches[o->index];
+            if (b->kind == PLAN_FLAT)
+                printf("  flat, %lld elements a rank", (long long)b->n);
+            else
+                printf("  %zu wave%s of %lld x %lld", b->count, b->count == 1 ? "" : "s",
+                       (long long)b->m, (long long)b->n);
+        }
+        printf("\n");
+    }
+}
+
+static muonshard_status print_plans(const planner *p, bool with_schedule, char *message) {
+    muonshard_status status = print_flops(p, message);
+    if (status == MUONSHARD_OK)
+        print_header();
+    for (int i = 0; i < p->rank_count && status == MUONSHARD_OK; i++) {
+        plan q;
+        schedule s = {0};
+        error_text error;
+        status = plan_make(&q, &p->registry, p->settings, p->ranks[i], &error);
+        if (status == MUONSHARD_OK)
+            status = schedule_make(&s, &q, p->settings, &error);
+        if (status != MUONSHARD_OK)
+            return message_fail(message, status, "%s", error.text);
+        print_row(&q);
+        if (with_schedule)
+            print_schedule(&q, &s);
+        schedule_free(&s);
+        plan_free(&q);
+    }
+    return status;
+}
+
+int command_plan(int argc, char **argv) {
+    if (command_wants_help(argc, argv))
+        return command_help(&usage, model_file_table, model_file_table_count);
+    planner p = {0};
+    command_args args = {0};
+    char message[COMMAND_MESSAGE] = "";
+    muonshard_status status = command_parse(&usage, argc, argv, &args, message);
+    if (status == MUONSHARD_OK) {
+        const char *ranks = command_option_value(&usage, &args, "--ranks");
+        status = read_ranks(&p, ranks ? ranks : "1", message);
+    }
+    if (status == MUONSHARD_OK)
+        status = load(&p, args.positional[0], &args, message);
+    if (status == MUONSHARD_OK)
+        status =
+            print_plans(&p, command_option_given(&usage, &args, "--schedule").count > 0, message);
+    if (status != MUONSHARD_OK)
+        fprintf(stderr, "muonshard plan: %s\n", message);
+    registry_free(&p.registry);
+    model_file_free(&p.model);
+    muonshard_config_destroy(p.config);
+    command_args_free(&args);
+    return muonshard_mpi_exit_code(status);
+}

@@ -1,0 +1,290 @@
+/* muonshard train: a byte-level GPT on text files, data-parallel over the ranks. */
+#include "train.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "corpus.h"
+#include "gpt.h"
+
+enum { MAX_SKIPPED = 20 }; /* in a row, before the run is given up */
+
+static const command_usage train_usage = {
+    .name = "train",
+    .synopsis = "CONFIG [key=value...]",
+    .doc = "Trains a GPT over bytes on text files; under mpirun the ranks share every batch.",
+    .positional_min = 1,
+    .positional_max = 1,
+    .overrides = true,
+};
+
+typedef struct trainer {
+    command cmd;
+    train_settings settings;
+    corpus text;
+    gpt *model;                     /* own */
+    muonshard_optimizer *optimizer; /* own */
+    train_report *report;           /* own; rank 0 */
+    int ids[GPT_TENSOR_MAX];        /* of the model's tensors in the optimizer */
+    muonshard_role roles[GPT_TENSOR_MAX];
+    int sequences;          /* worked on at a time */
+    int micro_batches;      /* a step */
+    size_t window;          /* context + 1 bytes */
+    unsigned char *windows; /* [sequences, window], own */
+    double *gathered;       /* [ranks, 2], own */
+    muonshard_status local; /* of this rank, on its way to all */
+    char message[COMMAND_MESSAGE];
+} trainer;
+
+/* ---- set-up ---- */
+
+static muonshard_status load_text(trainer *t) {
+    muonshard_status status =
+        corpus_load(&t->text, t->settings.files, t->settings.val_fraction, t->window, t->message);
+    status = command_agree(&t->cmd, status, t->message);
+    if (status != MUONSHARD_OK)
+        return status;
+    uint64_t hash = t->text.hash;
+    status = muonshard_comm_broadcast(t->cmd.comm, &hash, sizeof hash, 0);
+    if (status != MUONSHARD_OK)
+        return command_told(&t->cmd, status, "%s", muonshard_comm_last_error(t->cmd.comm));
+    if (hash != t->text.hash) {
+        snprintf(t->message, sizeof t->message,
+                 "data.files: rank %d reads other text (%zu bytes) than rank 0", t->cmd.rank,
+                 t->text.size);
+        status = MUONSHARD_ERR_MISMATCH;
+    }
+    return command_agree(&t->cmd, status, t->message);
+}
+
+static muonshard_status make_model(trainer *t, const gpt_shape *shape) {
+    t->model = gpt_create(shape, t->sequences);
+    t->windows = malloc((size_t)t->sequences * t->window);
+    t->gathered = malloc((size_t)t->cmd.size * 2 * sizeof *t->gathered);
+    if (t->model && t->windows && t->gathered) {
+        gpt_init(t->model, (uint64_t)t->settings.seed);
+        return MUONSHARD_OK;
+    }
+    snprintf(t->message, sizeof t->message,
+             "out of memory for the model and its activations; a smaller train.micro_batch needs "
+             "less");
+    return MUONSHARD_ERR_MEMORY;
+}
+
+static muonshard_status add_tensors(trainer *t) {
+    size_t count;
+    const gpt_tensor *tensors = gpt_tensors(t->model, &count);
+    bool adamw = t->settings.optimizer == TRAIN_OPTIMIZER_ADAMW;
+    for (size_t i = 0; i < count; i++) {
+        const gpt_tensor *from = &tensors[i];
+        muonshard_tensor_desc desc = MUONSHARD_TENSOR_DESC_INIT;
+        desc.name = from->name;
+        desc.role = t->roles[i] = adamw ? MUONSHARD_ROLE_ELEMENTWISE : from->role;
+        desc.dims = from->dims;
+        for (int d = 0; d < from->dims; d++)
+            desc.shape[d] = from->shape[d];
+        if (desc.role == MUONSHARD_ROLE_MATRIX) {
+            desc.row_splits = from->row_splits;
+            desc.row_split_count = from->row_split_count;
+        }
+        desc.param = from->param;
+        desc.grad = from->grad;
+        desc.decay_multiplier = strstr(from->name, "norm") ? 0.0 : 1.0; /* gains do not decay */
+        muonshard_status status = muonshard_add_tensor(t->optimizer, &desc, &t->ids[i]);
+        if (status != MUONSHARD_OK) {
+            snprintf(t->message, sizeof t->message, "%s", muonshard_last_error(t->optimizer));
+            return status;
+        }
+    }
+    return MUONSHARD_OK;
+}
+
+static muonshard_status make_optimizer(trainer *t) {
+    muonshard_status status = muonshard_create(t->cmd.comm, t->cmd.config, NULL, &t->optimizer);
+    if (status != MUONSHARD_OK)
+        return command_told(&t->cmd, status, "%s", muonshard_comm_last_error(t->cmd.comm));
+    status = command_agree(&t->cmd, add_tensors(t), t->message);
+    if (status != MUONSHARD_OK)
+        return status;
+    status = muonshard_commit(t->optimizer, MUONSHARD_SYNC_CHECK);
+    return command_told(&t->cmd, status, "%s", muonshard_last_error(t->optimizer));
+}
+
+static muonshard_status set_up(trainer *t) {
+    const train_settings *s = &t->settings;
+    const gpt_shape shape = {(int)s->layers, (int)s->width, (int)s->heads, (int)s->context,
+                             s->tied != 0};
+    const char *error = train_settings_error(s, t->cmd.size, t->message);
+    if (error)
+        return command_told(&t->cmd, MUONSHARD_ERR_CONFIG, "%s", error);
+    if ((error = gpt_shape_error(&shape)))
+        return command_told(&t->cmd, MUONSHARD_ERR_CONFIG, "model: %s", error);
+    int64_t share = s->batch / t->cmd.size, at_once = s->micro_batch ? s->micro_batch : share;
+    if (at_once * s->context > INT32_MAX / 4)
+        return command_told(&t->cmd, MUONSHARD_ERR_CONFIG,
+                            "train.micro_batch: %" PRId64 " sequences of %" PRId64
+                            " positions are too many at a time",
+                            at_once, s->context);
+    t->sequences = (int)at_once;
+    t->micro_batches = (int)(share / at_once);
+    t->window = (size_t)s->context + 1;
+
+    muonshard_status status = load_text(t);
+    if (status == MUONSHARD_OK)
+        status = command_agree(&t->cmd, make_model(t, &shape), t->message);
+    if (status == MUONSHARD_OK)
+        status = make_optimizer(t);
+    if (status != MUONSHARD_OK)
+        return status;
+    status = train_report_open(&t->report, s, t->cmd.rank, t->message);
+    if (status == MUONSHARD_OK)
+        status = train_report_run(t->report, t->cmd.config, t->cmd.size,
+                                  gpt_parameter_count(t->model), t->text.size, t->message);
+    return command_agree(&t->cmd, status, t->message);
+}
+
+/* ---- the loop ---- */
+
+/* Sum over all ranks, in rank order; and one rank's error becomes everybody's. Collective. */
+static muonshard_status sum_over_ranks(trainer *t, double *value) {
+    const double mine[2] = {*value, t->local == MUONSHARD_OK ? 0.0 : 1.0};
+    muonshard_status status = muonshard_comm_allgather(t->cmd.comm, mine, t->gathered, sizeof mine);
+    if (status != MUONSHARD_OK)
+        return command_told(&t->cmd, status, "%s", muonshard_comm_last_error(t->cmd.comm));
+    double failed = 0.0;
+    *value = 0.0;
+    for (int r = 0; r < t->cmd.size; r++) {
+        *value += t->gathered[2 * r];
+        failed += t->gathered[2 * r + 1];
+    }
+    return failed > 0.0 ? command_agree(&t->cmd, t->local, t->message) : MUONSHARD_OK;
+}
+
+/* In the last micro-batch: what has its final gradient can travel while the backward pass goes on.
+ */
+static void mark_ready(void *user, size_t tensor, int64_t first, int64_t count) {
+    trainer *t = user;
+    if (t->local != MUONSHARD_OK)
+        return;
+    if (t->roles[tensor] == MUONSHARD_ROLE_ELEMENTWISE) {
+        if (first >
+            0) /* a stack as one tensor is complete with its first entry, which comes last */
+            return;
+        count = 1;
+    }
+    t->local = muonshard_grad_ready(t->optimizer, t->ids[tensor], first, count);
+    if (t->local != MUONSHARD_OK)
+        snprintf(t->message, sizeof t->message, "%s", muonshard_last_error(t->optimizer));
+}
+
+/* Loss and gradient of this rank's share of the batch; the mean loss of the share. */
+static double run_batch(trainer *t, int64_t step) {
+    const train_settings *s = &t->settings;
+    int64_t index = s->batch / t->cmd.size * t->cmd.rank;
+    double loss = 0.0;
+    for (int m = 0; m < t->micro_batches; m++) {
+        for (int i = 0; i < t->sequences; i++, index++)
+            corpus_train_window(&t->text, (uint64_t)s->seed, step, index, t->window,
+                                t->windows + (size_t)i * t->window);
+        loss += gpt_forward(t->model, t->windows, t->sequences);
+        bool last = m + 1 == t->micro_batches;
+        gpt_backward(t->model, 1.0 / t->micro_batches, m > 0, last ? mark_ready : NULL, t);
+    }
+    return loss / t->micro_batches;
+}
+
+/* Mean loss over the validation windows; they are dealt to the ranks in turn. Collective. */
+static muonshard_status evaluate(trainer *t, double *loss) {
+    int64_t count = t->settings.eval_windows, next = t->cmd.rank;
+    *loss = 0.0;
+    while (next < count) {
+        int n = 0;
+        for (; n < t->sequences && next < count; n++, next += t->cmd.size)
+            corpus_validation_window(&t->text, next, count, t->window,
+                                     t->windows + (size_t)n * t->window);
+        *loss += n * gpt_forward(t->model, t->windows, n);
+    }
+    muonshard_status status = sum_over_ranks(t, loss);
+    *loss /= (double)count;
+    return status;
+}
+
+static muonshard_status one_step(trainer *t, int64_t step, train_step_report *out) {
+    const train_settings *s = &t->settings;
+    double begin = command_now_s();
+    out->step = step;
+    out->lr_factor = train_lr_factor(s, step);
+    out->train_loss = run_batch(t, step) / t->cmd.size;
+
+    muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
+    muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
+    args.lr_factor = out->lr_factor;
+    muonshard_status status = muonshard_step(t->optimizer, &args);
+    if (status == MUONSHARD_OK)
+        status = muonshard_step_result(t->optimizer, 0, 1, &result);
+    if (status != MUONSHARD_OK)
+        return command_told(&t->cmd, status, "step %" PRId64 ": %s", step,
+                            muonshard_last_error(t->optimizer));
+    out->grad_norm = result.grad_norm;
+    out->skipped = result.skipped != 0;
+    status = sum_over_ranks(t, &out->train_loss);
+    out->tokens_per_s = (double)(s->batch * s->context) / (command_now_s() - begin);
+    return status;
+}
+
+static muonshard_status train(trainer *t) {
+    const train_settings *s = &t->settings;
+    double begin = command_now_s();
+    int skipped_in_a_row = 0;
+    for (int64_t step = 1; step <= s->steps; step++) {
+        train_step_report report = {.val_loss = NAN};
+        muonshard_status status = one_step(t, step, &report);
+        report.evaluated = step == s->steps || (s->eval_every && step % s->eval_every == 0);
+        if (status == MUONSHARD_OK && report.evaluated)
+            status = evaluate(t, &report.val_loss);
+        if (status != MUONSHARD_OK)
+            return status;
+        report.time_s = command_now_s() - begin;
+        t->local = train_report_step(t->report, &report, t->message);
+        skipped_in_a_row = report.skipped ? skipped_in_a_row + 1 : 0;
+        if (skipped_in_a_row == MAX_SKIPPED)
+            return command_told(&t->cmd, MUONSHARD_ERR_STATE,
+                                "step %" PRId64 ": %d steps in a row were skipped because a "
+                                "gradient was NaN or infinite; a lower learning rate may help",
+                                step, MAX_SKIPPED);
+    }
+    muonshard_status status = command_agree(&t->cmd, t->local, t->message);
+    muonshard_stats_info stats = MUONSHARD_STATS_INIT;
+    if (status == MUONSHARD_OK) {
+        status = muonshard_stats(t->optimizer, &stats);
+        command_told(&t->cmd, status, "%s", muonshard_last_error(t->optimizer));
+    }
+    if (status == MUONSHARD_OK)
+        train_report_end(t->report, &stats);
+    return status;
+}
+
+int command_train(int argc, char **argv) {
+    if (command_wants_help(argc, argv))
+        return command_help(&train_usage, train_table, train_table_count);
+    trainer t = {0};
+    command_args args = {0};
+    muonshard_status status = command_start(&t.cmd, &train_usage, &args, argc, argv);
+    if (status == MUONSHARD_OK)
+        status = command_configure(&t.cmd, args.positional[0], &args, train_table,
+                                   train_table_count, &t.settings);
+    if (status == MUONSHARD_OK)
+        status = set_up(&t);
+    if (status == MUONSHARD_OK)
+        status = train(&t);
+    train_report_close(t.report);
+    muonshard_destroy(t.optimizer);
+    gpt_destroy(t.model);
+    corpus_free(&t.text);
+    free(t.windows);
+    free(t.gathered);
+    return command_finish(&t.cmd, &args, status);
+}

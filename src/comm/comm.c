@@ -1,0 +1,324 @@
+#include "comm/comm.h"
+
+#include <math.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- life and death
+ * ---------------------------------------------------------------------------------- */
+
+muonshard_status comm_refuse(const muonshard_comm_options *options, muonshard_status status,
+                             const char *format, ...) {
+    muonshard_comm_options own = MUONSHARD_COMM_OPTIONS_INIT;
+    if (!options || take_struct(NULL, &own, sizeof own, options, "options") || !own.log)
+        return status;
+    error_text error;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(error.text, sizeof error.text, format, args);
+    va_end(args);
+    own.log(own.log_user, MUONSHARD_LOG_ERROR, error.text);
+    return status;
+}
+
+muonshard_status comm_create(const comm_ops *ops, void *impl, int rank, int size,
+                             const muonshard_comm_options *options, muonshard_comm **out) {
+    muonshard_comm_options own = MUONSHARD_COMM_OPTIONS_INIT;
+    if (options)
+        TRY(take_struct(NULL, &own, sizeof own, options, "options"));
+    if (!(own.timeout_s > 0.0) || isinf(own.timeout_s))
+        return comm_refuse(options, MUONSHARD_ERR_ARGUMENT,
+                           "options.timeout_s is %g; it has to be positive and finite",
+                           own.timeout_s);
+    muonshard_comm *comm = calloc(1, sizeof *comm);
+    if (!comm)
+        return MUONSHARD_ERR_MEMORY;
+    comm->ops = ops;
+    comm->impl = impl;
+    comm->rank = rank;
+    comm->size = size;
+    comm->options = own;
+    if (gethostname(comm->host, sizeof comm->host) != 0)
+        snprintf(comm->host, sizeof comm->host, "unknown");
+    comm->host[sizeof comm->host - 1] = '\0';
+    snprintf(comm->position.phase, sizeof comm->position.phase, "create communicator");
+    *out = comm;
+    return MUONSHARD_OK;
+}
+
+void muonshard_comm_destroy(muonshard_comm *comm) {
+    if (!comm)
+        return;
+    comm->ops->destroy(comm);
+    free(comm);
+}
+
+muonshard_status comm_die(muonshard_comm *comm, muonshard_status status, const char *format, ...) {
+    if (comm->dead)
+        return comm->dead;
+    error_text error; /* an argument may be the old text */
+    va_list args;
+    va_start(args, format);
+    vsnprintf(error.text, sizeof error.text, format, args);
+    va_end(args);
+    comm->error = error;
+    comm->dead = status;
+    /* Whoever takes the fatal call has the message; the log would say it twice. */
+    if (comm->options.on_fatal)
+        comm->options.on_fatal(comm->options.fatal_user, status, comm->error.text);
+    else
+        comm_log(comm, MUONSHARD_LOG_ERROR, "%s", comm->error.text);
+    return status;
+}
+
+void comm_log(muonshard_comm *comm, muonshard_log_level level, const char *format, ...) {
+    if (!comm->options.log)
+        return;
+    error_text line;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line.text, sizeof line.text, format, args);
+    va_end(args);
+    comm->options.log(comm->options.log_user, level, line.text);
+}
+
+void comm_mark(muonshard_comm *comm, int64_t step, const char *format, ...) {
+    if (comm->dead) /* others read where it died */
+        return;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(comm->position.phase, sizeof comm->position.phase, format, args);
+    va_end(args);
+    comm->position.step = step;
+    if (comm->ops->mark)
+        comm->ops->mark(comm, &comm->position);
+}
+
+/* ---- requests
+ * ---------------------------------------------------------------------------------------- */
+
+static muonshard_status check_request(muonshard_comm *comm, const comm_request *request) {
+    FAIL_IF(request->part_count && !request->parts, &comm->error, MUONSHARD_ERR_INTERNAL,
+            "a request of %zu parts has none", request->part_count);
+    FAIL_IF(request->kind == COMM_BROADCAST && (request->root < 0 || request->root >= comm->size),
+            &comm->error, MUONSHARD_ERR_ARGUMENT, "broadcast: root is %d; it has to be in 0..%d",
+            request->root, comm->size - 1);
+    if (request->kind != COMM_REDUCE_SCATTER)
+        return MUONSHARD_OK;
+    for (size_t i = 0; i < request->part_count; i++) {
+        const comm_part *part = &request->parts[i];
+        FAIL_IF(part->bytes % sizeof(float), &comm->error, MUONSHARD_ERR_INTERNAL,
+                "reduce-scatter: a slot of %zu bytes is no whole number of fp32", part->bytes);
+        FAIL_IF(comm_needs_scratch(comm) && part->bytes && (!part->scratch || !request->backend),
+                &comm->error, MUONSHARD_ERR_INTERNAL,
+                "reduce-scatter over %s needs scratch and a backend", comm->ops->name);
+    }
+    return MUONSHARD_OK;
+}
+
+muonshard_status comm_start(muonshard_comm *comm, const comm_request *request,
+                            comm_ticket *ticket) {
+    ticket->request = *request;
+    ticket->impl = NULL;
+    ticket->open = false;
+    if (comm->dead)
+        return comm->dead;
+    TRY(check_request(comm, request));
+    TRY(comm->ops->start(comm, ticket));
+    ticket->open = true;
+    return MUONSHARD_OK;
+}
+
+static muonshard_status sum_in_rank_order(muonshard_comm *comm, const comm_request *request) {
+    for (size_t i = 0; i < request->part_count; i++) {
+        const comm_part *part = &request->parts[i];
+        if (!part->bytes)
+            continue;
+        muonshard_status status = request->backend->ops->sum_ranks(
+            request->backend, part->recv, part->scratch, comm->size, part->bytes / sizeof(float),
+            request->stream);
+        FAIL_IF(status, &comm->error, status, "reduce-scatter, sum over ranks: %s",
+                request->backend->error.text);
+    }
+    return MUONSHARD_OK;
+}
+
+muonshard_status comm_test(muonshard_comm *comm, comm_ticket *ticket, bool *done) {
+    *done = false;
+    if (comm->dead)
+        return comm->dead;
+    if (!ticket->open) {
+        *done = true;
+        return MUONSHARD_OK;
+    }
+    bool arrived = false;
+    TRY(comm->ops->test(comm, ticket, &arrived));
+    if (!arrived)
+        return MUONSHARD_OK;
+    ticket->open = false;
+    if (ticket->request.kind == COMM_REDUCE_SCATTER && comm_needs_scratch(comm))
+        TRY(sum_in_rank_order(comm, &ticket->request));
+    *done = true;
+    return MUONSHARD_OK;
+}
+
+/* Spins while an answer is a matter of microseconds, then leaves the core to ranks that share it.
+ */
+static void back_off(double waited_s) {
+    if (waited_s < 20e-6)
+        return;
+    if (waited_s < 500e-6) {
+        sched_yield();
+        return;
+    }
+    double pause_s = fmin(waited_s / 16.0, 100e-6);
+    struct timespec pause = {0, (long)(pause_s * 1e9)};
+    nanosleep(&pause, NULL);
+}
+
+static muonshard_status time_out(muonshard_comm *comm, double timeout_s) {
+    char step[32] = "", others[640] = "";
+    if (comm->position.step > 0)
+        snprintf(step, sizeof step, "step %lld, ", (long long)comm->position.step);
+    if (comm->ops->describe)
+        comm->ops->describe(comm, others, sizeof others);
+    return comm_die(comm, MUONSHARD_ERR_TIMEOUT,
+                    "rank %d of %d (host %s): %s%s: no completion within %g s%s%s", comm->rank,
+                    comm->size, comm->host, step, comm->position.phase, timeout_s,
+                    others[0] ? "; " : "", others);
+}
+
+muonshard_status comm_wait(muonshard_comm *comm, comm_ticket *ticket, double timeout_s) {
+    double begin = now_s();
+    for (;;) {
+        /* The clock before the test: a rank that slept past its deadline still takes what has
+         * arrived. */
+        double waited = now_s() - begin;
+        bool done;
+        TRY(comm_test(comm, ticket, &done));
+        if (done)
+            return MUONSHARD_OK;
+        if (waited > timeout_s)
+            return time_out(comm, timeout_s);
+        back_off(waited);
+    }
+}
+
+muonshard_status comm_run(muonshard_comm *comm, const comm_request *request) {
+    comm_ticket ticket;
+    TRY(comm_start(comm, request, &ticket));
+    return comm_wait(comm, &ticket, comm->options.timeout_s);
+}
+
+/* ---- host messages
+ * ----------------------------------------------------------------------------------- */
+
+muonshard_status comm_allgather(muonshard_comm *comm, const void *send, void *recv, size_t bytes) {
+    comm_part part = {.send = send, .recv = recv, .bytes = bytes};
+    comm_request request = {.kind = COMM_ALL_GATHER, .parts = &part, .part_count = 1};
+    return comm_run(comm, &request);
+}
+
+muonshard_status comm_broadcast(muonshard_comm *comm, void *data, size_t bytes, int root) {
+    comm_part part = {.recv = data, .bytes = bytes};
+    comm_request request = {.kind = COMM_BROADCAST, .parts = &part, .part_count = 1, .root = root};
+    return comm_run(comm, &request);
+}
+
+/* One small all-gather; the text travels only when there is one. */
+static muonshard_status agree(muonshard_comm *comm, muonshard_status status, error_text *text) {
+    if (comm->dead)
+        return comm->dead;
+    int32_t mine = status;
+    int32_t *all = malloc((size_t)comm->size * sizeof *all);
+    if (!all) /* the others are on their way into the collective: no way back */
+        return comm_die(comm, MUONSHARD_ERR_MEMORY, "rank %d of %d (host %s): agreement: %s",
+                        comm->rank, comm->size, comm->host,
+                        muonshard_status_string(MUONSHARD_ERR_MEMORY));
+    muonshard_status sent = comm_allgather(comm, &mine, all, sizeof mine);
+    int root = 0;
+    while (!sent && root < comm->size && all[root] == MUONSHARD_OK)
+        root++;
+    muonshard_status agreed =
+        !sent && root < comm->size ? (muonshard_status)all[root] : MUONSHARD_OK;
+    free(all);
+    TRY(sent);
+    if (agreed == MUONSHARD_OK)
+        return MUONSHARD_OK;
+    TRY(comm_broadcast(comm, text->text, sizeof text->text, root));
+    text->text[sizeof text->text - 1] = '\0';
+    if (root == comm->rank)
+        return fail(&comm->error, agreed, "%s", text->text);
+    return fail(&comm->error, agreed, "rank %d: %s", root, text->text);
+}
+
+muonshard_status comm_agree(muonshard_comm *comm, muonshard_status status, error_text *error) {
+    error_text text = {{0}};
+    if (status)
+        fail(&text, status, "%s",
+             error && error->text[0] ? error->text : muonshard_status_string(status));
+    muonshard_status agreed = agree(comm, status, &text);
+    if (agreed && error && error != &comm->error)
+        *error = comm->error;
+    return agreed;
+}
+
+/* ---- public
+ * ------------------------------------------------------------------------------------------ */
+
+/* What the board says of a rank that is in none of our calls. */
+static muonshard_status leave(muonshard_comm *comm, muonshard_status status) {
+    comm_mark(comm, 0, "outside the library");
+    return status;
+}
+
+int muonshard_comm_rank(const muonshard_comm *comm) {
+    return comm ? comm->rank : -1;
+}
+
+int muonshard_comm_size(const muonshard_comm *comm) {
+    return comm ? comm->size : 0;
+}
+
+const char *muonshard_comm_last_error(const muonshard_comm *comm) {
+    return comm ? comm->error.text : "communicator is NULL";
+}
+
+muonshard_status muonshard_comm_agree(muonshard_comm *comm, muonshard_status status,
+                                      const char *message) {
+    if (!comm)
+        return MUONSHARD_ERR_ARGUMENT;
+    error_text error = {{0}};
+    if (message)
+        fail(&error, status, "%s", message);
+    comm_mark(comm, 0, "agreement");
+    return leave(comm, comm_agree(comm, status, &error));
+}
+
+muonshard_status muonshard_comm_broadcast(muonshard_comm *comm, void *data, size_t bytes,
+                                          int root) {
+    if (!comm)
+        return MUONSHARD_ERR_ARGUMENT;
+    if (comm->dead)
+        return comm->dead;
+    FAIL_IF(!data && bytes, &comm->error, MUONSHARD_ERR_ARGUMENT, "broadcast: data is NULL");
+    comm_mark(comm, 0, "broadcast");
+    return leave(comm, comm_broadcast(comm, data, bytes, root));
+}
+
+muonshard_status muonshard_comm_allgather(muonshard_comm *comm, const void *send, void *recv,
+                                          size_t bytes) {
+    if (!comm)
+        return MUONSHARD_ERR_ARGUMENT;
+    if (comm->dead)
+        return comm->dead;
+    FAIL_IF((!send || !recv) && bytes, &comm->error, MUONSHARD_ERR_ARGUMENT,
+            "all-gather: %s is NULL", send ? "recv" : "send");
+    comm_mark(comm, 0, "all-gather");
+    return leave(comm, comm_allgather(comm, send, recv, bytes));
+}

@@ -1,0 +1,308 @@
+/* mpi.c - host memory over MPI: nonblocking collectives on a duplicate of the caller's
+ * communicator, which the thread that waits polls. Nothing here blocks; the deadlines are comm.c's.
+ */
+#include "muonshard_mpi.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include "comm/comm.h"
+#include "comm/mpi_positions.h"
+
+/* Bytes that are still counted one by one; tests set it low to see the other way. */
+#ifndef COMM_MPI_MAX_COUNT
+#define COMM_MPI_MAX_COUNT INT_MAX
+#endif
+enum { BLOCK_BYTES = COMM_MPI_MAX_COUNT / 2 + 1 };
+
+/* The MPI requests of one ticket. */
+typedef struct mpi_operation {
+    MPI_Request *requests; /* [capacity] */
+    int count, capacity;
+    struct mpi_operation *next_free, *next_made;
+} mpi_operation;
+
+typedef struct mpi_transport {
+    MPI_Comm comm;
+    bool joined; /* `comm` is there */
+    mpi_operation *free,
+        *made; /* every operation is in `made`; those not under way in `free` too */
+    mpi_positions *board;
+} mpi_transport;
+
+static muonshard_status mpi_failed(muonshard_comm *comm, const char *what, int code) {
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int length;
+    if (MPI_Error_string(code, text, &length) != MPI_SUCCESS)
+        snprintf(text, sizeof text, "MPI error %d", code);
+    return comm_die(comm, MUONSHARD_ERR_COMM, "rank %d of %d (host %s): %s: %s: %.400s", comm->rank,
+                    comm->size, comm->host, comm->position.phase, what, text);
+}
+
+/* ---- operations
+ * -------------------------------------------------------------------------------------- */
+
+static mpi_operation *take_operation(mpi_transport *transport, size_t parts) {
+    if (parts > INT_MAX)
+        return NULL;
+    mpi_operation *operation = transport->free;
+    if (!operation) {
+        operation = calloc(1, sizeof *operation);
+        if (!operation)
+            return NULL;
+        operation->next_made = transport->made;
+        transport->made = operation;
+    } else {
+        transport->free = operation->next_free;
+    }
+    operation->count = 0;
+    if (operation->capacity >= (int)parts)
+        return operation;
+    MPI_Request *requests = realloc(operation->requests, parts * sizeof *requests);
+    if (!requests) {
+        operation->next_free = transport->free;
+        transport->free = operation;
+        return NULL;
+    }
+    operation->requests = requests;
+    operation->capacity = (int)parts;
+    return operation;
+}
+
+/* `bytes` as one element, since counts are int: blocks and the bytes that are left. */
+static int make_large_type(size_t bytes, MPI_Datatype *type) {
+    MPI_Datatype block, types[2];
+    int code = MPI_Type_contiguous(BLOCK_BYTES, MPI_BYTE, &block);
+    if (code != MPI_SUCCESS)
+        return code;
+    size_t blocks = bytes / BLOCK_BYTES, rest = bytes % BLOCK_BYTES;
+    int counts[2] = {(int)blocks, (int)rest};
+    MPI_Aint offsets[2] = {0, (MPI_Aint)(blocks * BLOCK_BYTES)};
+    types[0] = block;
+    types[1] = MPI_BYTE;
+    code = MPI_Type_create_struct(2, counts, offsets, types, type);
+    MPI_Type_free(&block);
+    return code != MPI_SUCCESS ? code : MPI_Type_commit(type);
+}
+
+static int start_part(const mpi_transport *transport, const comm_request *request,
+                      const comm_part *part, int count, MPI_Datatype type, MPI_Request *out) {
+    switch (request->kind) {
+    case COMM_EXCHANGE:
+    case COMM_REDUCE_SCATTER:
+        return MPI_Ialltoall(part->send, count, type, comm_exchange_target(request, part), count,
+                             type, transport->comm, out);
+    case COMM_ALL_GATHER:
+        return MPI_Iallgather(part->send, count, type, part->recv, count, type, transport->comm,
+                              out);
+    case COMM_BROADCAST:
+        return MPI_Ibcast(part->recv, count, type, request->root, transport->comm, out);
+    }
+    return MPI_ERR_OTHER;
+}
+
+static muonshard_status mpi_start(muonshard_comm *comm, comm_ticket *ticket) {
+    mpi_transport *transport = comm->impl;
+    const comm_request *request = &ticket->request;
+    mpi_operation *operation = take_operation(transport, request->part_count);
+    if (!operation)
+        return comm_die(comm, MUONSHARD_ERR_MEMORY, "rank %d of %d (host %s): %s: out of memory",
+                        comm->rank, comm->size, comm->host, comm->position.phase);
+    ticket->impl = operation;
+    /* The whole buffer has to stay below the limit: MPI libraries multiply counts and ranks in int.
+     */
+    size_t limit = (size_t)COMM_MPI_MAX_COUNT / (size_t)comm->size;
+    for (size_t i = 0; i < request->part_count; i++) {
+        const comm_part *part = &request->parts[i];
+        if (!part->bytes)
+            continue;
+        bool large = part->bytes > limit;
+        MPI_Datatype type = MPI_BYTE;
+        int code = large ? make_large_type(part->bytes, &type) : MPI_SUCCESS;
+        if (code == MPI_SUCCESS)
+            code = start_part(transport, request, part, large ? 1 : (int)part->bytes, type,
+                              &operation->requests[operation->count]);
+        if (code != MPI_SUCCESS)
+            return mpi_failed(comm, "start", code);
+        operation->count++;
+        if (large)
+            MPI_Type_free(&type); /* MPI keeps it until the request is done */
+    }
+    return MUONSHARD_OK;
+}
+
+static muonshard_status mpi_test(muonshard_comm *comm, comm_ticket *ticket, bool *done) {
+    mpi_transport *transport = comm->impl;
+    mpi_operation *operation = ticket->impl;
+    int flag = 0;
+    int code = MPI_Testall(operation->count, operation->requests, &flag, MPI_STATUSES_IGNORE);
+    if (code != MPI_SUCCESS)
+        return mpi_failed(comm, "test", code);
+    if (!flag)
+        return MUONSHARD_OK;
+    operation->next_free = transport->free;
+    transport->free = operation;
+    ticket->impl = NULL;
+    *done = true;
+    return MUONSHARD_OK;
+}
+
+static void mpi_mark(muonshard_comm *comm, const comm_position *position) {
+    mpi_transport *transport = comm->impl;
+    positions_mark(transport->board, position);
+}
+
+static size_t mpi_describe(muonshard_comm *comm, char *text, size_t size) {
+    mpi_transport *transport = comm->impl;
+    return positions_describe(transport->board, text, size);
+}
+
+static void mpi_destroy(muonshard_comm *comm) {
+    mpi_transport *transport = comm->impl;
+    comm_mark(comm, 0, "communicator destroyed");
+    positions_close(transport->board);
+    int finalized = 1;
+    MPI_Finalized(&finalized);
+    if (transport->joined && !comm->dead && !finalized)
+        MPI_Comm_free(&transport->comm);
+    for (mpi_operation *operation = transport->made; operation;) {
+        mpi_operation *next = operation->next_made;
+        free(operation->requests);
+        free(operation);
+        operation = next;
+    }
+    /* A duplication that never ended may still be written to by MPI. */
+    if (transport->joined)
+        free(transport);
+}
+
+static const comm_ops mpi_ops = {.name = "mpi",
+                                 .native_reduce_scatter = false,
+                                 .start = mpi_start,
+                                 .test = mpi_test,
+                                 .mark = mpi_mark,
+                                 .describe = mpi_describe,
+                                 .destroy = mpi_destroy};
+
+/* ---- the end of a job
+ * -------------------------------------------------------------------------------- */
+
+int muonshard_mpi_exit_code(muonshard_status status) {
+    return status == MUONSHARD_OK ? 0 : 10 - (int)status;
+}
+
+static void pause_s(double seconds) {
+    struct timespec pause = {(time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9)};
+    nanosleep(&pause, NULL);
+}
+
+static void end_job(muonshard_status status) {
+    int initialized = 0, finalized = 1;
+    MPI_Initialized(&initialized);
+    MPI_Finalized(&finalized);
+    if (initialized && !finalized)
+        MPI_Abort(MPI_COMM_WORLD, muonshard_mpi_exit_code(status));
+}
+
+void muonshard_mpi_abort(void *user, muonshard_status status, const char *message) {
+    (void)user;
+    char line[sizeof(error_text)];
+    snprintf(line, sizeof line, "%s", message ? message : muonshard_status_string(status));
+    for (char *at = line; *at; at++)
+        if (*at == '\n' || *at == '\r')
+            *at = ' ';
+    fprintf(stderr, "muonshard: %s\n", line);
+    fflush(stderr);
+    end_job(status);
+}
+
+/* muonshard_mpi_abort where several ranks fail at about the same time: the first of the node speaks
+ * and ends the job, the others keep quiet and see to it only if that one could not. */
+static void abort_once(void *user, muonshard_status status, const char *message) {
+    mpi_transport *transport = user;
+    if (positions_claim(transport->board)) {
+        muonshard_mpi_abort(NULL, status, message);
+    } else {
+        pause_s(1.0);
+        end_job(status);
+    }
+}
+
+/* ---- creation
+ * ---------------------------------------------------------------------------------------- */
+
+static muonshard_status check_mpi(const muonshard_comm_options *options, MPI_Comm given) {
+    int initialized = 0, finalized = 0, inter = 0;
+    MPI_Initialized(&initialized);
+    MPI_Finalized(&finalized);
+    if (!initialized || finalized)
+        return comm_refuse(options, MUONSHARD_ERR_STATE, "MPI is %s",
+                           initialized ? "already finalised" : "not initialised");
+    if (given == MPI_COMM_NULL)
+        return comm_refuse(options, MUONSHARD_ERR_ARGUMENT, "mpi_comm is MPI_COMM_NULL");
+    if (MPI_Comm_test_inter(given, &inter) != MPI_SUCCESS || inter)
+        return comm_refuse(options, MUONSHARD_ERR_ARGUMENT,
+                           "mpi_comm is an inter-communicator; it has to be one group of ranks");
+    return MUONSHARD_OK;
+}
+
+/* MPI_Comm_idup, polled: a rank that doesn't come must not hold the others for ever. */
+static muonshard_status duplicate(muonshard_comm *comm, MPI_Comm given) {
+    mpi_transport *transport = comm->impl;
+    MPI_Request request;
+    int code = MPI_Comm_idup(given, &transport->comm, &request);
+    if (code != MPI_SUCCESS)
+        return mpi_failed(comm, "MPI_Comm_idup", code);
+    double begin = now_s();
+    for (int done = 0; !done;) {
+        double waited = now_s() - begin;
+        code = MPI_Test(&request, &done, MPI_STATUS_IGNORE);
+        if (code != MPI_SUCCESS)
+            return mpi_failed(comm, "MPI_Comm_idup", code);
+        if (!done && waited > comm->options.timeout_s)
+            return comm_die(comm, MUONSHARD_ERR_TIMEOUT,
+                            "rank %d of %d (host %s): %s: some rank did not join within %g s",
+                            comm->rank, comm->size, comm->host, comm->position.phase,
+                            comm->options.timeout_s);
+        if (!done && waited > 1e-3)
+            pause_s(50e-6);
+    }
+    transport->joined = true;
+    code = MPI_Comm_set_errhandler(transport->comm, MPI_ERRORS_RETURN);
+    return code == MPI_SUCCESS ? MUONSHARD_OK : mpi_failed(comm, "MPI_Comm_set_errhandler", code);
+}
+
+muonshard_status muonshard_comm_create_mpi(MPI_Comm mpi_comm, const muonshard_comm_options *options,
+                                           muonshard_comm **out) {
+    if (!out)
+        return comm_refuse(options, MUONSHARD_ERR_ARGUMENT, "comm is NULL");
+    *out = NULL;
+    TRY(check_mpi(options, mpi_comm));
+    int rank, size;
+    if (MPI_Comm_rank(mpi_comm, &rank) != MPI_SUCCESS ||
+        MPI_Comm_size(mpi_comm, &size) != MPI_SUCCESS)
+        return comm_refuse(options, MUONSHARD_ERR_COMM, "mpi_comm has no rank and size");
+
+    mpi_transport *transport = calloc(1, sizeof *transport);
+    if (!transport)
+        return comm_refuse(options, MUONSHARD_ERR_MEMORY, "out of memory");
+    muonshard_comm *comm;
+    muonshard_status status = comm_create(&mpi_ops, transport, rank, size, options, &comm);
+    if (status) {
+        free(transport);
+        return status;
+    }
+    if (comm->options.on_fatal == muonshard_mpi_abort) {
+        comm->options.on_fatal = abort_once;
+        comm->options.fatal_user = transport;
+    }
+    TRY_GOTO(duplicate(comm, mpi_comm), destroy);
+    TRY_GOTO(positions_open(comm, &transport->board), destroy);
+    *out = comm;
+    return MUONSHARD_OK;
+destroy:
+    muonshard_comm_destroy(comm);
+    return status;
+}

@@ -1,0 +1,68 @@
+#include "kernels/plugin.h"
+
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define CUDA_LIBRARY "libmuonshard_cuda.so.0.1"
+
+/* The library stays open until the process ends: CUDA does not survive being unloaded. */
+muonshard_status backend_open_cuda(backend **out, error_text *error) {
+    *out = NULL;
+    void *library = dlopen(CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
+    FAIL_IF(!library, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s", dlerror());
+    plugin_entry_fn entry;
+    *(void **)&entry = dlsym(library, "muonshard_cuda_plugin");
+    const plugin_entry *plugin = entry ? entry() : NULL;
+    if (plugin && plugin->abi == PLUGIN_ABI)
+        return plugin->open(out, error);
+    dlclose(library);
+    FAIL_IF(!plugin, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s is no muonshard plugin",
+            CUDA_LIBRARY);
+    return fail(error, MUONSHARD_ERR_UNAVAILABLE,
+                "no CUDA backend: %s is of another version (plugin ABI %d, wanted %d)",
+                CUDA_LIBRARY, plugin->abi, PLUGIN_ABI);
+}
+
+muonshard_status backend_open(backend_choice choice, backend **out, error_text *error, char *why,
+                              size_t why_size) {
+    *out = NULL;
+    if (choice == BACKEND_CUDA) {
+        TRY(backend_open_cuda(out, error));
+        snprintf(why, why_size, "backend: cuda, as configured");
+        return MUONSHARD_OK;
+    }
+    error_text cuda = {"not looked for"};
+    if (choice == BACKEND_AUTO && backend_open_cuda(out, &cuda) == MUONSHARD_OK) {
+        snprintf(why, why_size, "backend: cuda");
+        return MUONSHARD_OK;
+    }
+    TRY(backend_open_host(out, error));
+    if (choice == BACKEND_HOST)
+        snprintf(why, why_size, "backend: host, as configured");
+    else
+        snprintf(why, why_size, "backend: host (%s)", cuda.text);
+    return MUONSHARD_OK;
+}
+
+void backend_close(backend *self) {
+    if (self)
+        self->ops->destroy(self);
+}
+
+size_t muonshard_info(char *text, size_t size) {
+    backend *cuda;
+    error_text why;
+    const muonshard_status status = backend_open_cuda(&cuda, &why);
+    if (status == MUONSHARD_OK)
+        backend_close(cuda);
+    const int length =
+        snprintf(text, size,
+                 "muonshard %d.%d.%d\n"
+                 "backend host: fp32, OpenBLAS\n"
+                 "%s%s\n"
+                 "communicators: self, callbacks, mpi\n",
+                 MUONSHARD_VERSION_MAJOR, MUONSHARD_VERSION_MINOR, MUONSHARD_VERSION_PATCH,
+                 status ? "not available: " : "backend cuda: available", status ? why.text : "");
+    return length < 0 ? 0 : (size_t)length;
+}

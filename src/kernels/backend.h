@@ -1,0 +1,170 @@
+/* backend.h - where the numbers live and who computes: a table of operations over one memory and
+ * two streams. The host backend runs each call to its end; a GPU backend enqueues. The record and
+ * the flags in it are backend memory: kernels read them and do nothing on skip, so that the host
+ * never has to wait to learn them. */
+#ifndef BACKEND_H
+#define BACKEND_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include "status.h"
+#include "kernels/program.h"
+
+typedef enum backend_stream { STREAM_COMPUTE, STREAM_COMM, STREAM_COUNT } backend_stream;
+
+/* What all ranks agreed on for this step. Backend memory; written by `resolve`. */
+typedef struct step_record {
+    int32_t skip;      /* nothing may change */
+    int32_t failed;    /* some rank had an error before the collectives */
+    float grad_factor; /* multiplies the summed gradient: clip factor, grad_scale and 1/N in one */
+    float clip_factor;
+    double grad_norm;
+    int64_t count; /* steps taken, this one included unless skipped: AdamW's t */
+    uint64_t rng;
+} step_record;
+
+typedef enum momentum_form {
+    MOMENTUM_HEAVY_BALL,         /* M = mu M + G;        U = G + mu M with Nesterov, else M */
+    MOMENTUM_HEAVY_BALL_SWAPPED, /* M = mu M + G;        U = M + mu G, else M */
+    MOMENTUM_EMA                 /* M = mu M + (1-mu) G; U = (1-mu) G + mu M, else M */
+} momentum_form;
+
+typedef enum adam_form {
+    ADAM_EPS_OUTSIDE, /* W -= lr/c1 m / (sqrt(v)/sqrt(c2) + eps) */
+    ADAM_EPS_INSIDE   /* W -= lr sqrt(c2)/c1 m / (sqrt(v) + eps) */
+} adam_form;
+
+typedef enum decay_method { DECAY_DECOUPLED } decay_method; /* W *= 1 - lr wd before the update */
+
+/* What a step wants of one tensor; rewritten by every step. Multipliers, groups and the schedule
+ * are in it. */
+typedef struct tensor_values {
+    double lr, momentum, weight_decay;
+} tensor_values;
+
+/* Common to the element-wise kernels. `values` and `active` are indexed by tensor. */
+typedef struct kernel_context {
+    const step_record *record;
+    const tensor_values *values;
+    const uint8_t *active; /* 0: no rank had a gradient and the tensor is to be left alone */
+} kernel_context;
+
+typedef struct sum_squares_item { /* *out = sum of x^2 in fp64; not finite iff an x is not finite */
+    const float *x;
+    size_t count;
+    double *out;
+} sum_squares_item;
+
+/* The agree words of all ranks, turned into the record and the active flags. A word is [stride]
+ * fp64: 0 or a failure, a flag a tensor (1: this rank had a gradient), sums of squares. Sums are
+ * added in the order of `sum_index`, so that the norm doesn't depend on who owned what. */
+typedef struct resolve_args {
+    const double *words; /* [word_count, stride] */
+    int word_count;
+    size_t stride;
+    size_t tensor_count;           /* flags at [1, 1 + tensor_count) */
+    const uint8_t *skip_if_absent; /* [tensor_count] */
+    uint8_t *active;               /* [tensor_count], out */
+    const size_t *sum_index;       /* [sum_count] into words */
+    size_t sum_count;
+    double *total;       /* [2] out: 0 or 1 for a failure somewhere, sum of squares */
+    double scale;        /* grad_scale and 1/N in one */
+    double clip_norm;    /* 0: off */
+    step_record *record; /* out, count carried on; NULL: only totals and flags are wanted */
+} resolve_args;
+
+typedef struct momentum_item {
+    float *g_u;      /* [count] in: summed gradient, out: update direction U */
+    float *momentum; /* [count] */
+    size_t count;
+    int tensor;
+} momentum_item;
+
+typedef struct orthogonalize_item {
+    float *u; /* [m, n], or [n, m] when transposed; in and out */
+    bool transposed;
+} orthogonalize_item;
+
+typedef struct apply_item { /* W = (1 - lr wd) W - lr scale U */
+    float *w;
+    const float *u;
+    size_t count;
+    double scale;
+    int tensor;
+} apply_item;
+
+typedef struct adam_args {
+    adam_form form;
+    double beta1, beta2, eps;
+} adam_args;
+
+typedef struct adam_item {
+    float *w;       /* [count] parameters of the shard, in and out */
+    const float *g; /* [count] summed gradient */
+    float *m, *v;   /* [count] */
+    size_t count;
+    int tensor;
+} adam_item;
+
+typedef struct copy_item {
+    void *dst;
+    const void *src; /* NULL: zeros */
+    size_t bytes;
+} copy_item;
+
+typedef struct backend backend;
+
+typedef struct backend_ops {
+    const char *name;
+    bool batched; /* wants all matrices of a batch in one call of orthogonalize; if not,
+                     communication is tested between */
+    /* Zeroed memory. */
+    muonshard_status (*alloc)(backend *self, void **memory, size_t bytes);
+    void (*free)(backend *self, void *memory);
+    /* Any direction. `unless_skip`: NULL, or a record whose skip makes it do nothing. */
+    muonshard_status (*copy)(backend *self, const copy_item *items, size_t count,
+                             const step_record *unless_skip, backend_stream stream);
+    /* dst [count] = sum over ranks of src [ranks, count], added in rank order, so that bits don't
+     * depend on transport. */
+    muonshard_status (*sum_ranks)(backend *self, float *dst, const float *src, int ranks,
+                                  size_t count, backend_stream stream);
+    muonshard_status (*sum_squares)(backend *self, const sum_squares_item *items, size_t count);
+    muonshard_status (*resolve)(backend *self, const resolve_args *args);
+    muonshard_status (*momentum)(backend *self, const kernel_context *context, momentum_form form,
+                                 bool nesterov, const momentum_item *items, size_t count);
+    /* Workspace one call of orthogonalize needs for `count` matrices [m, n]. */
+    size_t (*orthogonalize_workspace)(backend *self, const ns_program *program, int64_t m,
+                                      int64_t n, size_t count);
+    muonshard_status (*orthogonalize)(backend *self, const step_record *record,
+                                      const ns_program *program, int64_t m, int64_t n,
+                                      const orthogonalize_item *items, size_t count,
+                                      void *workspace);
+    muonshard_status (*apply)(backend *self, const kernel_context *context, const apply_item *items,
+                              size_t count);
+    muonshard_status (*adam)(backend *self, const kernel_context *context, const adam_args *args,
+                             const adam_item *items, size_t count);
+    /* What `to` does next waits for what `from` has been given so far. */
+    muonshard_status (*fence)(backend *self, backend_stream from, backend_stream to);
+    void (*destroy)(backend *self);
+} backend_ops;
+
+struct backend {
+    const backend_ops *ops;
+    void *impl;
+    error_text error;
+};
+
+typedef enum backend_choice { BACKEND_AUTO, BACKEND_HOST, BACKEND_CUDA } backend_choice;
+
+/* `auto` takes CUDA where it can be had; an explicit choice that can't be had is ERR_UNAVAILABLE.
+ * `why` says in one line which was taken and why not the other. */
+muonshard_status backend_open(backend_choice choice, backend **out, error_text *error, char *why,
+                              size_t why_size);
+void backend_close(backend *self);
+/* The host backend; never fails but for memory. */
+muonshard_status backend_open_host(backend **out, error_text *error);
+/* The CUDA plugin, libmuonshard_cuda.so, through its one entry symbol. */
+muonshard_status backend_open_cuda(backend **out, error_text *error);
+
+#endif

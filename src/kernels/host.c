@@ -1,0 +1,117 @@
+/* host.c - the backend of machines without a GPU: host memory, every call runs to its end. */
+#include "kernels/host.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define HOST_ALIGNMENT 64
+
+/* calloc, because pages that are never touched then cost nothing; aligned by hand, with the block's
+ * start kept below. */
+static muonshard_status host_alloc(backend *self, void **memory, size_t bytes) {
+    void *block =
+        bytes < SIZE_MAX - 2 * HOST_ALIGNMENT ? calloc(1, bytes + 2 * HOST_ALIGNMENT) : NULL;
+    FAIL_IF(!block, &self->error, MUONSHARD_ERR_MEMORY, "out of host memory (%zu bytes)", bytes);
+    const uintptr_t start = (uintptr_t)block + HOST_ALIGNMENT;
+    void **aligned = (void **)(start + HOST_ALIGNMENT - start % HOST_ALIGNMENT);
+    aligned[-1] = block;
+    *memory = aligned;
+    return MUONSHARD_OK;
+}
+
+static void host_free(backend *self, void *memory) {
+    (void)self;
+    if (memory)
+        free(((void **)memory)[-1]);
+}
+
+static muonshard_status host_copy(backend *self, const copy_item *items, size_t count,
+                                  const step_record *unless_skip, backend_stream stream) {
+    (void)self;
+    (void)stream;
+    if (unless_skip && unless_skip->skip)
+        return MUONSHARD_OK;
+    for (size_t i = 0; i < count; i++) {
+        if (!items[i].bytes)
+            continue;
+        if (items[i].src)
+            memcpy(items[i].dst, items[i].src, items[i].bytes);
+        else
+            memset(items[i].dst, 0, items[i].bytes);
+    }
+    return MUONSHARD_OK;
+}
+
+static void resolve_active(const resolve_args *a) {
+    for (size_t t = 0; t < a->tensor_count; t++) {
+        bool present = false;
+        for (int r = 0; r < a->word_count; r++)
+            present = present || a->words[(size_t)r * a->stride + 1 + t] != 0.0;
+        a->active[t] = present || !a->skip_if_absent[t];
+    }
+}
+
+static muonshard_status host_resolve(backend *self, const resolve_args *a) {
+    (void)self;
+    double sum = 0.0;
+    bool failed = false;
+    for (int r = 0; r < a->word_count; r++)
+        failed = failed || a->words[(size_t)r * a->stride] != 0.0;
+    for (size_t i = 0; i < a->sum_count; i++)
+        sum += a->words[a->sum_index[i]];
+    resolve_active(a);
+    a->total[0] = failed;
+    a->total[1] = sum;
+    step_record *record = a->record;
+    if (!record)
+        return MUONSHARD_OK;
+    const double norm = sqrt(sum) * a->scale;
+    double clip = 1.0;
+    if (a->clip_norm > 0.0 && norm + 1e-6 > a->clip_norm)
+        clip = a->clip_norm / (norm + 1e-6);
+    record->failed = failed;
+    record->skip = failed || !isfinite(sum);
+    record->grad_norm = norm;
+    record->clip_factor = (float)clip;
+    record->grad_factor = (float)(clip * a->scale);
+    record->count += record->skip ? 0 : 1;
+    return MUONSHARD_OK;
+}
+
+static muonshard_status host_fence(backend *self, backend_stream from, backend_stream to) {
+    (void)self;
+    (void)from;
+    (void)to;
+    return MUONSHARD_OK;
+}
+
+static void host_destroy(backend *self) {
+    free(self);
+}
+
+static const backend_ops host_ops = {
+    .name = "host",
+    .batched = false,
+    .alloc = host_alloc,
+    .free = host_free,
+    .copy = host_copy,
+    .sum_ranks = host_sum_ranks,
+    .sum_squares = host_measure,
+    .resolve = host_resolve,
+    .momentum = host_momentum,
+    .orthogonalize_workspace = host_orthogonalize_workspace,
+    .orthogonalize = host_orthogonalize,
+    .apply = host_apply,
+    .adam = host_adam,
+    .fence = host_fence,
+    .destroy = host_destroy,
+};
+
+muonshard_status backend_open_host(backend **out, error_text *error) {
+    backend *self = calloc(1, sizeof *self);
+    *out = self;
+    FAIL_IF(!self, error, MUONSHARD_ERR_MEMORY, "out of memory");
+    self->ops = &host_ops;
+    return MUONSHARD_OK;
+}

@@ -1,0 +1,27 @@
+/* host.h - what the files of the host backend share. */
+#ifndef HOST_H
+#define HOST_H
+
+#include "kernels/backend.h"
+
+size_t host_orthogonalize_workspace(backend *self, const ns_program *program, int64_t m, int64_t n,
+                                    size_t count);
+muonshard_status host_orthogonalize(backend *self, const step_record *record,
+                                    const ns_program *program, int64_t m, int64_t n,
+                                    const orthogonalize_item *items, size_t count, void *workspace);
+
+/* Sum of x^2 in fp64, in an order that depends on count alone. */
+double host_sum_squares(const float *x, size_t count);
+
+/* Element-wise passes. */
+muonshard_status host_sum_ranks(backend *self, float *dst, const float *src, int ranks,
+                                size_t count, backend_stream stream);
+muonshard_status host_measure(backend *self, const sum_squares_item *items, size_t count);
+muonshard_status host_momentum(backend *self, const kernel_context *context, momentum_form form,
+                               bool nesterov, const momentum_item *items, size_t count);
+muonshard_status host_apply(backend *self, const kernel_context *context, const apply_item *items,
+                            size_t count);
+muonshard_status host_adam(backend *self, const kernel_context *context, const adam_args *args,
+                           const adam_item *items, size_t count);
+
+#endif

@@ -1,0 +1,338 @@
+/* api.c - the public calls on an optimizer: arguments are checked here, and only then does anything
+ * move. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "optim/optimizer.h"
+
+static const error_text no_handle = {"the handle is NULL"};
+
+const char *muonshard_last_error(const muonshard_optimizer *o) {
+    return o ? o->error.text : no_handle.text;
+}
+
+/* ---- create ---- */
+
+static muonshard_status open_backend(muonshard_optimizer *o, error_text *error) {
+    char why[256] = "";
+    const muonshard_status status =
+        backend_open((backend_choice)o->settings->backend, &o->backend, error, why, sizeof why);
+    if (status == MUONSHARD_OK && o->comm->rank == 0)
+        comm_log(o->comm, MUONSHARD_LOG_INFO, "%s", why);
+    return status;
+}
+
+static muonshard_status build(muonshard_optimizer **out, muonshard_comm *comm,
+                              const muonshard_config *config, const muonshard_options *options,
+                              error_text *error) {
+    muonshard_options own = MUONSHARD_OPTIONS_INIT;
+    if (options)
+        TRY(take_struct(error, &own, sizeof own, options, "options"));
+    FAIL_IF(!config, error, MUONSHARD_ERR_ARGUMENT, "config is NULL");
+    muonshard_optimizer *o = calloc(1, sizeof *o);
+    *out = o;
+    FAIL_IF(!o, error, MUONSHARD_ERR_MEMORY, "out of memory");
+    o->comm = comm;
+    o->agree_comm = own.agree_comm;
+    TRY(config_copy(config, &o->config, error));
+    o->settings = config_settings(o->config);
+    o->stats = (muonshard_stats_info)MUONSHARD_STATS_INIT;
+    return open_backend(o, error);
+}
+
+muonshard_status muonshard_create(muonshard_comm *comm, const muonshard_config *config,
+                                  const muonshard_options *options, muonshard_optimizer **out) {
+    if (!comm)
+        return MUONSHARD_ERR_ARGUMENT;
+    FAIL_IF(!out, &comm->error, MUONSHARD_ERR_ARGUMENT, "optimizer is NULL");
+    TRY(comm->dead);
+    *out = NULL;
+    muonshard_optimizer *o = NULL;
+    error_text error = {""};
+    muonshard_status status = build(&o, comm, config, options, &error);
+    TRY_GOTO(comm_agree(comm, status, &error), failed);
+    TRY_GOTO(config_check_equal(o->config, comm, &error), failed);
+    *out = o;
+    return MUONSHARD_OK;
+failed:
+    fail(&comm->error, status, "%s", error.text);
+    muonshard_destroy(o);
+    return status;
+}
+
+void muonshard_destroy(muonshard_optimizer *o) {
+    if (!o)
+        return;
+    if (o->backend) {
+        optimizer_release(o);
+        backend_close(o->backend);
+    }
+    registry_free(&o->registry);
+    muonshard_config_destroy(o->config);
+    free(o);
+}
+
+/* ---- tensors ---- */
+
+static muonshard_status check_alive(muonshard_optimizer *o, bool committed) {
+    if (!o)
+        return MUONSHARD_ERR_ARGUMENT;
+    TRY(o->dead);
+    FAIL_IF(committed && !o->committed, &o->error, MUONSHARD_ERR_STATE,
+            "muonshard_commit comes first");
+    FAIL_IF(!committed && o->committed, &o->error, MUONSHARD_ERR_STATE,
+            "tensors cannot be added after muonshard_commit, nor can it be called twice");
+    return MUONSHARD_OK;
+}
+
+static muonshard_status check_id(muonshard_optimizer *o, int id) {
+    FAIL_IF(id < 0 || (size_t)id >= o->registry.tensor_count, &o->error, MUONSHARD_ERR_ARGUMENT,
+            "tensor %d; there are %zu", id, o->registry.tensor_count);
+    return MUONSHARD_OK;
+}
+
+static muonshard_status check_entries(muonshard_optimizer *o, int id, int64_t first,
+                                      int64_t count) {
+    TRY(check_id(o, id));
+    const tensor *t = &o->registry.tensors[id];
+    FAIL_IF(first < 0 || count < 0 || first > t->entries || count > t->entries - first, &o->error,
+            MUONSHARD_ERR_ARGUMENT, "tensor '%s': entries %lld and %lld more; it has %lld", t->name,
+            (long long)first, (long long)count, (long long)t->entries);
+    return MUONSHARD_OK;
+}
+
+muonshard_status muonshard_add_tensor(muonshard_optimizer *o, const muonshard_tensor_desc *desc,
+                                      int *id) {
+    TRY(check_alive(o, false));
+    muonshard_tensor_desc own = MUONSHARD_TENSOR_DESC_INIT;
+    TRY(take_struct(&o->error, &own, sizeof own, desc, "tensor"));
+    return registry_add(&o->registry, o->settings, &own, id, &o->error);
+}
+
+muonshard_status muonshard_set_grad(muonshard_optimizer *o, int id, const void *grad) {
+    if (!o)
+        return MUONSHARD_ERR_ARGUMENT;
+    TRY(o->dead);
+    TRY(check_id(o, id));
+    tensor *t = &o->registry.tensors[id];
+    if (o->committed && o->open)
+        for (size_t i = o->first_entry[id]; i < o->first_entry[id + 1]; i++)
+            FAIL_IF(o->ready[i], &o->error, MUONSHARD_ERR_STATE,
+                    "tensor '%s': entry %zu of the gradient is marked ready already", t->name,
+                    i - o->first_entry[id]);
+    t->grad = grad;
+    return MUONSHARD_OK;
+}
+
+muonshard_status muonshard_commit(muonshard_optimizer *o, muonshard_sync_params sync) {
+    TRY(check_alive(o, false));
+    FAIL_IF(sync != MUONSHARD_SYNC_CHECK && sync != MUONSHARD_SYNC_BROADCAST &&
+                sync != MUONSHARD_SYNC_NONE,
+            &o->error, MUONSHARD_ERR_ARGUMENT, "unknown sync_params %d", (int)sync);
+    return optimizer_commit(o, sync);
+}
+
+/* ---- the step ---- */
+
+static double pick(double given, double otherwise) {
+    return isnan(given) ? otherwise : given;
+}
+
+static muonshard_status check_value(muonshard_optimizer *o, const char *name, double value,
+                                    double max) {
+    FAIL_IF(!isnan(value) && !(value >= 0.0 && value <= max), &o->error, MUONSHARD_ERR_ARGUMENT,
+            "step: %s is %g; 0 to %g is allowed, or NaN for the configured value", name, value,
+            max);
+    return MUONSHARD_OK;
+}
+
+static muonshard_status check_args(muonshard_optimizer *o, const muonshard_step_args *a) {
+    const double big = 1e6;
+    TRY(check_value(o, "lr", a->lr, big));
+    TRY(check_value(o, "momentum", a->momentum, 1.0));
+    TRY(check_value(o, "weight_decay", a->weight_decay, big));
+    TRY(check_value(o, "adam_lr", a->adam_lr, big));
+    TRY(check_value(o, "adam_weight_decay", a->adam_weight_decay, big));
+    FAIL_IF(!(a->lr_factor >= 0.0) || !isfinite(a->lr_factor), &o->error, MUONSHARD_ERR_ARGUMENT,
+            "step: lr_factor is %g; it must be finite and not negative", a->lr_factor);
+    FAIL_IF(!(a->grad_scale > 0.0) || !isfinite(a->grad_scale), &o->error, MUONSHARD_ERR_ARGUMENT,
+            "step: grad_scale is %g; it must be finite and positive", a->grad_scale);
+    FAIL_IF(a->group_count && !a->groups, &o->error, MUONSHARD_ERR_ARGUMENT,
+            "step: groups is NULL, group_count is %zu", a->group_count);
+    for (size_t g = 0; g < a->group_count; g++) {
+        TRY(check_value(o, "a group's lr", a->groups[g].lr, big));
+        TRY(check_value(o, "a group's momentum", a->groups[g].momentum, 1.0));
+        TRY(check_value(o, "a group's weight_decay", a->groups[g].weight_decay, big));
+    }
+    return MUONSHARD_OK;
+}
+
+static muonshard_status check_gradients(muonshard_optimizer *o) {
+    for (size_t i = 0; i < o->registry.tensor_count; i++) {
+        const tensor *t = &o->registry.tensors[i];
+        FAIL_IF(!t->grad && t->role != MUONSHARD_ROLE_FROZEN &&
+                    t->null_grad == MUONSHARD_NULL_GRAD_ERROR,
+                &o->error, MUONSHARD_ERR_ARGUMENT,
+                "step: the gradient of tensor '%s' is NULL and its null_grad is error", t->name);
+    }
+    return MUONSHARD_OK;
+}
+
+/* From configuration, step, group and multipliers to one triple a tensor. */
+static muonshard_status set_values(muonshard_optimizer *o, const muonshard_step_args *a) {
+    const settings *s = o->settings;
+    const double lr = pick(a->lr, s->lr), momentum = pick(a->momentum, s->momentum);
+    const double decay = pick(a->weight_decay, s->weight_decay);
+    const double adam_lr = pick(a->adam_lr, pick(s->adam_lr, lr * s->adam_lr_scale));
+    const double adam_decay = pick(a->adam_weight_decay, pick(s->adam_weight_decay, decay));
+    for (size_t i = 0; i < o->registry.tensor_count; i++) {
+        const tensor *t = &o->registry.tensors[i];
+        const bool matrix = t->role == MUONSHARD_ROLE_MATRIX;
+        tensor_values v = {matrix ? lr : adam_lr, momentum, matrix ? decay : adam_decay};
+        if ((size_t)t->group < a->group_count) {
+            const muonshard_group_args *g = &a->groups[t->group];
+            v = (tensor_values){pick(g->lr, v.lr), pick(g->momentum, v.momentum),
+                                pick(g->weight_decay, v.weight_decay)};
+        }
+        v.lr *= t->lr_multiplier * a->lr_factor;
+        v.weight_decay *= t->decay_multiplier;
+        o->values[i] = v;
+    }
+    const copy_item item = {o->memory.values, o->values,
+                            o->registry.tensor_count * sizeof *o->values};
+    const muonshard_status status =
+        o->backend->ops->copy(o->backend, &item, 1, NULL, STREAM_COMPUTE);
+    return status ? step_kill(o, status, &o->backend->error) : MUONSHARD_OK;
+}
+
+/* The operation after the last all-gather. */
+static size_t deferred_end(const muonshard_optimizer *o) {
+    size_t end = o->schedule.count;
+    while (end > 0 && o->schedule.ops[end - 1].kind != OP_ALL_GATHER)
+        end--;
+    return end ? end : o->schedule.count;
+}
+
+muonshard_status muonshard_step(muonshard_optimizer *o, const muonshard_step_args *args) {
+    TRY(check_alive(o, true));
+    if (o->open && o->called)
+        TRY(step_run_until(o, o->schedule.count));
+    if (!o->open)
+        step_begin(o);
+    o->called = true;
+
+    muonshard_step_args a = MUONSHARD_STEP_ARGS_INIT;
+    muonshard_status local = MUONSHARD_OK;
+    if (args)
+        local = take_struct(&o->error, &a, sizeof a, args, "step arguments");
+    if (local == MUONSHARD_OK)
+        local = check_args(o, &a);
+    if (local == MUONSHARD_OK)
+        local = check_gradients(o);
+    if (local != MUONSHARD_OK)
+        a = (muonshard_step_args)MUONSHARD_STEP_ARGS_INIT; /* the others must not be left waiting */
+    o->step_status = local;
+    o->grad_scale = a.grad_scale;
+    TRY(set_values(o, &a));
+    for (size_t i = 0; i < o->first_entry[o->registry.tensor_count]; i++)
+        o->ready[i] = 1;
+    return step_run_until(o, a.defer && !local ? deferred_end(o) : o->schedule.count);
+}
+
+muonshard_status muonshard_grad_ready(muonshard_optimizer *o, int id, int64_t first,
+                                      int64_t count) {
+    TRY(check_alive(o, true));
+    TRY(check_entries(o, id, first, count));
+    FAIL_IF(o->open && o->called, &o->error, MUONSHARD_ERR_STATE,
+            "step %lld is deferred and not finished; muonshard_step_result with wait finishes it",
+            (long long)o->step);
+    if (!o->open)
+        step_begin(o);
+    uint8_t *ready = o->ready + o->first_entry[id] + first;
+    for (int64_t i = 0; i < count; i++)
+        FAIL_IF(ready[i], &o->error, MUONSHARD_ERR_ARGUMENT,
+                "tensor '%s': entry %lld is marked ready twice in one step",
+                o->registry.tensors[id].name, (long long)(first + i));
+    for (int64_t i = 0; i < count; i++)
+        ready[i] = 1;
+    return step_start_ready(o);
+}
+
+muonshard_status muonshard_step_result(muonshard_optimizer *o, int64_t step, int wait,
+                                       muonshard_step_result_info *result) {
+    TRY(check_alive(o, true));
+    const int64_t last = o->open && !o->called ? o->step - 1 : o->step;
+    const int64_t wanted = step ? step : last;
+    FAIL_IF(wanted < 1 || wanted > last || wanted <= last - STEP_RESULTS, &o->error,
+            MUONSHARD_ERR_ARGUMENT,
+            "the result of step %lld; %lld steps were called, the last %d are kept",
+            (long long)wanted, (long long)last, STEP_RESULTS);
+    if (wanted == o->step && o->open && o->called && wait)
+        TRY(step_run_until(o, o->schedule.count));
+    const muonshard_step_result_info *r = &o->results[wanted % STEP_RESULTS];
+    FAIL_IF(r->step != wanted, &o->error, MUONSHARD_ERR_STATE,
+            "the result of step %lld is not known yet", (long long)wanted);
+    return give_struct(&o->error, r, sizeof *r, result, "result");
+}
+
+static size_t apply_of_batch(const muonshard_optimizer *o, size_t batch_index) {
+    for (size_t i = 0; i < o->schedule.count; i++)
+        if (o->schedule.ops[i].kind == OP_APPLY && (size_t)o->schedule.ops[i].index == batch_index)
+            return i + 1;
+    return 0;
+}
+
+/* Where the schedule is past the apply of these entries. */
+static size_t end_of_entries(const muonshard_optimizer *o, int id, int64_t first, int64_t count) {
+    const tensor *t = &o->registry.tensors[id];
+    size_t end = 0;
+    for (size_t b = 0; b < o->plan.batch_count && count; b++) {
+        const batch *bt = &o->plan.batches[b];
+        bool covers = bt->kind == PLAN_FLAT && t->role == MUONSHARD_ROLE_ELEMENTWISE;
+        for (size_t v = t->first_view; v < t->first_view + t->view_count && !covers; v++) {
+            const int64_t entry = o->registry.views[v].entry;
+            const size_t w = o->plan.view_wave[v];
+            covers = entry >= first && entry < first + count && w >= bt->first &&
+                     w < bt->first + bt->count;
+        }
+        const size_t applied = covers ? apply_of_batch(o, b) : 0;
+        end = applied > end ? applied : end;
+    }
+    return end;
+}
+
+muonshard_status muonshard_tensor_wait(muonshard_optimizer *o, int id, int64_t first, int64_t count,
+                                       void *stream) {
+    (void)stream;
+    TRY(check_alive(o, true));
+    TRY(check_entries(o, id, first, count));
+    if (!o->open || !o->called)
+        return MUONSHARD_OK;
+    const size_t end = end_of_entries(o, id, first, count);
+    return end > o->next ? step_run_until(o, end) : MUONSHARD_OK;
+}
+
+muonshard_status muonshard_progress(muonshard_optimizer *o) {
+    TRY(check_alive(o, true));
+    return o->open ? step_progress(o) : MUONSHARD_OK;
+}
+
+/* ---- looking in ---- */
+
+muonshard_status muonshard_stats(const muonshard_optimizer *o, muonshard_stats_info *stats) {
+    if (!o)
+        return MUONSHARD_ERR_ARGUMENT;
+    if (!o->committed)
+        return MUONSHARD_ERR_STATE;
+    muonshard_stats_info s = o->stats;
+    s.time_pack = o->op_seconds[OP_PACK] + o->op_seconds[OP_TAKE];
+    s.time_reduce_scatter = o->op_seconds[OP_REDUCE_SCATTER];
+    s.time_agree = o->op_seconds[OP_MEASURE] + o->op_seconds[OP_AGREE] + o->op_seconds[OP_RESOLVE];
+    s.time_momentum = o->op_seconds[OP_MOMENTUM];
+    s.time_orthogonalize = o->op_seconds[OP_ORTHOGONALIZE];
+    s.time_all_gather = o->op_seconds[OP_ALL_GATHER];
+    s.time_elementwise = o->op_seconds[OP_ADAM];
+    s.time_apply = o->op_seconds[OP_APPLY];
+    return give_struct(NULL, &s, sizeof s, stats, "stats");
+}

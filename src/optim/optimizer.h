@@ -1,0 +1,134 @@
+/* optimizer.h - what a handle holds: what was asked for (settings, tensors), what was planned,
+ * memory, and where the step stands. */
+#ifndef OPTIMIZER_H
+#define OPTIMIZER_H
+
+#include "comm/comm.h"
+#include "config.h"
+#include "optim/plan.h"
+#include "optim/registry.h"
+#include "optim/schedule.h"
+#include "optim/trace.h"
+
+/* Backend memory, sized at commit; a step allocates nothing. Element counts of fp32 unless said
+ * otherwise. */
+typedef struct workspace {
+    float *
+        owned; /* [owned_elements] summed gradients of what this rank owns, then U in their place */
+    float *momentum; /* [matrix_elements] state */
+    float *pack;     /* [pack_elements] gradients that had to be copied to be sent */
+    float *exchange; /* [exchange_elements] scratch of reduce-scatters, then what is gathered */
+    float *
+        zeros; /* [largest_unpacked] sent in the place of a NULL gradient; made when first needed */
+    float *flat_m, *flat_v; /* [flat_shard] AdamW state */
+    float *flat_w;          /* [flat_shard] parameters of the shard, while a step updates them */
+    void *newton_schulz;
+    double *word;    /* [word_stride] this rank's agree word */
+    double *words;   /* [world_size, word_stride] */
+    double *totals;  /* [2 + agree world size, 2]: of this group, what it contributes to agree_comm,
+                        what all do */
+    uint8_t *active; /* [tensor_count] */
+    uint8_t *skip_if_absent; /* [tensor_count] */
+    tensor_values *values;   /* [tensor_count] */
+    step_record *record;
+    size_t *sum_index; /* [sum_count] into words, then [agree world size] into totals */
+} workspace;
+
+/* Kernel arguments that stay the same from step to step. */
+typedef struct bucket_work {
+    sum_squares_item
+        *sums; /* own, [sum_count]: what this rank owns of it; the flat rest by chunks */
+    size_t sum_count;
+} bucket_work;
+
+typedef struct batch_work {
+    momentum_item *momentum; /* own, [owned views of the batch] */
+    orthogonalize_item *orthogonalize;
+    size_t owned;
+    apply_item *apply; /* own, [views of the batch] */
+    size_t views;
+    ns_program *program; /* own */
+} batch_work;
+
+typedef struct op_state {
+    comm_ticket ticket;
+    comm_part *parts; /* own; collectives only */
+    size_t part_count;
+    double started;
+} op_state;
+
+#define STEP_RESULTS 16
+
+struct muonshard_optimizer {
+    muonshard_comm *comm;       /* borrowed */
+    muonshard_comm *agree_comm; /* borrowed, or NULL */
+    backend *backend;           /* own */
+    muonshard_config *config;   /* own */
+    const settings *settings;   /* of config */
+    registry registry;
+    bool committed;
+    muonshard_status dead; /* OK, or why no step can be taken any more */
+    error_text error;
+
+    plan plan;
+    schedule schedule;
+    workspace memory;
+    op_state *ops;        /* own, [schedule.count] */
+    batch_work *batches;  /* own, [plan.batch_count] */
+    bucket_work *buckets; /* own, [plan.bucket_count] */
+    adam_item *adam;      /* own, [adam_count]: the tensors in this rank's shard, cut to it */
+    size_t adam_count;
+    copy_item *copies;     /* own, room for any one operation's copies */
+    double *word_head;     /* own, host, [1 + tensor_count]: how this rank's agree word begins */
+    tensor_values *values; /* own, host, [tensor_count] */
+    size_t flat_chunks;    /* of a shard */
+    size_t word_stride, sum_count;
+    trace *trace; /* own, or NULL */
+    size_t state_bytes, workspace_bytes;
+
+    /* the step under way */
+    size_t next;  /* operation to run next; 0 or schedule.count: none is under way */
+    int64_t step; /* number of the step under way or, between steps, of the last one */
+    bool open;    /* a step is under way: begun by grad_ready or step, not finished */
+    bool called;  /* muonshard_step has been called for it */
+    double began;
+    uint8_t *ready;      /* own, [entries of all tensors]: marked final */
+    size_t *first_entry; /* own, [tensor_count + 1] into ready */
+    muonshard_status
+        step_status; /* this rank's error before the first collective; its text is in error */
+    bool failed;     /* some rank had one: known once resolved */
+    double grad_scale;
+    muonshard_step_result_info results[STEP_RESULTS];
+
+    muonshard_stats_info stats;
+    double op_seconds[OP_KIND_COUNT]; /* of communication: the time spent waiting for it */
+};
+
+/* A collective on the handle's communicator; its text becomes the handle's. */
+#define TRY_COMM(o, call)                                                                          \
+    do {                                                                                           \
+        muonshard_status try_comm_ = (call);                                                       \
+        if (try_comm_ != MUONSHARD_OK)                                                             \
+            return fail(&(o)->error, try_comm_, "%s", (o)->comm->error.text);                      \
+    } while (0)
+
+/* commit.c */
+muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_sync_params sync);
+void optimizer_release(muonshard_optimizer *o);
+
+/* replicas.c: the same bytes on every rank. Collective. */
+muonshard_status replicas_check(muonshard_optimizer *o);
+muonshard_status replicas_broadcast(muonshard_optimizer *o);
+
+/* step.c */
+void step_begin(muonshard_optimizer *o);
+/* Reduce-scatters whose gradients are ready, and all before them, are started. */
+muonshard_status step_start_ready(muonshard_optimizer *o);
+/* Runs operations [next, end); finishes the step when that was the last. */
+muonshard_status step_run_until(muonshard_optimizer *o, size_t end);
+/* Lets operations that were started advance. */
+muonshard_status step_progress(muonshard_optimizer *o);
+/* The handle is dead: what was found becomes its text. */
+muonshard_status step_kill(muonshard_optimizer *o, muonshard_status status, const error_text *why);
+
+#endif

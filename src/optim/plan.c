@@ -1,0 +1,403 @@
+#include "optim/plan.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <xxhash.h>
+
+/* What plan_make works with until waves have their place. */
+typedef struct builder {
+    plan *p;
+    const registry *r;
+    const settings *s;
+    size_t *loose; /* own, [view_count]: views that fill no whole wave of their tensor */
+    size_t loose_count;
+    int next_owner; /* of partly filled waves, going round */
+} builder;
+
+static wave *new_wave(builder *b, const view *v) {
+    plan *p = b->p;
+    wave *w = &p->waves[p->wave_count++];
+    *w = (wave){.kind = PLAN_MATRICES,
+                .rows = v->rows,
+                .cols = v->cols,
+                .slot = view_elements(v),
+                .first_slot = p->slot_count,
+                .first_view = SIZE_MAX,
+                .first_tensor = v->tensor,
+                .priority = INT32_MIN};
+    for (int rank = 0; rank < p->world_size; rank++)
+        p->slots[p->slot_count++] = PLAN_EMPTY_SLOT;
+    return w;
+}
+
+static void place(builder *b, wave *w, int rank, size_t view_index) {
+    plan *p = b->p;
+    const view *v = &b->r->views[view_index];
+    const tensor *t = &b->r->tensors[v->tensor];
+    p->slots[w->first_slot + (size_t)rank] = view_index;
+    p->view_wave[view_index] = (size_t)(w - p->waves);
+    p->view_owner[view_index] = rank;
+    if (view_index < w->first_view) {
+        w->first_view = view_index;
+        w->first_tensor = v->tensor;
+    }
+    if (t->priority > w->priority)
+        w->priority = t->priority;
+}
+
+/* Whole waves out of runs of equal consecutive views; what is left over is loose. */
+static void make_whole_waves(builder *b, const tensor *t) {
+    const size_t n = (size_t)b->p->world_size, end = t->first_view + t->view_count;
+    size_t i = t->first_view;
+    while (i < end) {
+        size_t run = 1;
+        while (i + run < end && run < n && b->r->views[i + run].rows == b->r->views[i].rows)
+            run++;
+        if (run == n) {
+            wave *w = new_wave(b, &b->r->views[i]);
+            for (size_t k = 0; k < n; k++)
+                place(b, w, (int)k, i + k);
+        } else {
+            for (size_t k = 0; k < run; k++)
+                b->loose[b->loose_count++] = i + k;
+        }
+        i += run;
+    }
+}
+
+static bool same_shape(const view *a, const view *b) {
+    return a->rows == b->rows && a->cols == b->cols;
+}
+
+/* Loose views of one shape together, in registration order. A wave they don't fill starts at the
+ * rank whose turn it is. */
+static void make_packed_waves(builder *b) {
+    const size_t n = (size_t)b->p->world_size;
+    for (size_t i = 0; i < b->loose_count; i++) {
+        if (b->loose[i] == PLAN_EMPTY_SLOT)
+            continue;
+        const view *first = &b->r->views[b->loose[i]];
+        size_t same = 0;
+        for (size_t k = i; k < b->loose_count; k++)
+            if (b->loose[k] != PLAN_EMPTY_SLOT && same_shape(first, &b->r->views[b->loose[k]]))
+                same++;
+        wave *w = NULL;
+        size_t placed = 0, start = 0;
+        for (size_t k = i; k < b->loose_count; k++) {
+            const size_t view_index = b->loose[k];
+            if (view_index == PLAN_EMPTY_SLOT || !same_shape(first, &b->r->views[view_index]))
+                continue;
+            if (placed % n == 0) {
+                w = new_wave(b, first);
+                w->packed = true;
+                start = same - placed >= n ? 0 : (size_t)b->next_owner;
+            }
+            place(b, w, (int)((start + placed % n) % n), view_index);
+            placed++;
+            b->loose[k] = PLAN_EMPTY_SLOT;
+        }
+        b->next_owner = (int)(((size_t)b->next_owner + same % n) % n);
+    }
+}
+
+static void make_flat_wave(builder *b) {
+    plan *p = b->p;
+    int first = -1, priority = INT32_MIN;
+    for (size_t i = 0; i < b->r->tensor_count; i++) {
+        const tensor *t = &b->r->tensors[i];
+        if (t->role != MUONSHARD_ROLE_ELEMENTWISE)
+            continue;
+        p->flat_offset[i] = p->flat_elements;
+        p->flat_elements += t->elements;
+        first = first < 0 ? (int)i : first;
+        priority = t->priority > priority ? t->priority : priority;
+    }
+    if (first < 0)
+        return;
+    const size_t n = (size_t)p->world_size;
+    const size_t chunks = (p->flat_elements + PLAN_FLAT_CHUNK - 1) / PLAN_FLAT_CHUNK;
+    p->flat_shard = (chunks + n - 1) / n * PLAN_FLAT_CHUNK;
+    p->waves[p->wave_count++] = (wave){.kind = PLAN_FLAT,
+                                       .packed = true,
+                                       .rows = 1,
+                                       .cols = (int64_t)p->flat_shard,
+                                       .slot = p->flat_shard,
+                                       .first_slot = p->slot_count,
+                                       .first_view = 0,
+                                       .first_tensor = first,
+                                       .priority = priority};
+}
+
+/* ---- order: batches, then reductions ---- */
+
+static int compare_sizes(size_t a, size_t b) {
+    return a < b ? -1 : a > b;
+}
+
+/* Registration order; the flat rest before the views of a tensor that comes later. */
+static int forward_order(const void *left, const void *right) {
+    const wave *a = left, *b = right;
+    if (a->first_tensor != b->first_tensor)
+        return a->first_tensor < b->first_tensor ? -1 : 1;
+    return compare_sizes(a->first_view, b->first_view);
+}
+
+static int64_t short_side(const wave *w) {
+    return w->rows < w->cols ? w->rows : w->cols;
+}
+
+static int64_t long_side(const wave *w) {
+    return w->rows < w->cols ? w->cols : w->rows;
+}
+
+static bool one_batch(const wave *a, const wave *b) {
+    return a->kind == b->kind && short_side(a) == short_side(b) && long_side(a) == long_side(b);
+}
+
+/* Brings waves of one oriented shape together, at the place of the first of them, and cuts them
+ * into batches. */
+static muonshard_status make_batches(builder *b, error_text *error) {
+    plan *p = b->p;
+    wave *sorted = malloc((p->wave_count + 1) * sizeof *sorted);
+    p->batches = calloc(p->wave_count + 1, sizeof *p->batches);
+    if (!sorted || !p->batches) {
+        free(sorted);
+        return fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
+    }
+    if (p->wave_count)
+        qsort(p->waves, p->wave_count, sizeof *p->waves, forward_order);
+    size_t done = 0;
+    for (size_t i = 0; i < p->wave_count; i++) {
+        const wave *first = &p->waves[i];
+        if (!first->slot)
+            continue;
+        size_t bytes = 0;
+        batch *current = NULL;
+        for (size_t k = i; k < p->wave_count; k++) {
+            wave *w = &p->waves[k];
+            if (!w->slot || (k != i && !one_batch(first, w)))
+                continue;
+            const size_t slot_bytes = w->slot * sizeof(float);
+            if (!current || bytes + slot_bytes > (size_t)b->s->batch_bytes) {
+                current = &p->batches[p->batch_count++];
+                *current = (batch){w->kind, short_side(w), long_side(w), done, 0};
+                bytes = 0;
+            }
+            bytes += slot_bytes;
+            current->count++;
+            sorted[done++] = *w;
+            if (k != i)
+                w->slot = 0; /* taken */
+        }
+    }
+    memcpy(p->waves, sorted, done * sizeof *sorted);
+    free(sorted);
+    for (size_t i = 0; i < p->wave_count; i++)
+        for (int rank = 0; p->waves[i].kind == PLAN_MATRICES && rank < p->world_size; rank++) {
+            const size_t v = plan_slot_view(p, &p->waves[i], rank);
+            if (v != PLAN_EMPTY_SLOT)
+                p->view_wave[v] = i;
+        }
+    return MUONSHARD_OK;
+}
+
+/* Low priority first, then the reverse of registration: what a backward pass finishes first goes
+ * first. A wave is ready when its last tensor is, in backward the one registered first. */
+static int reduction_order(const wave *a, const wave *b) {
+    if (a->priority != b->priority)
+        return a->priority < b->priority ? -1 : 1;
+    if (a->first_tensor != b->first_tensor)
+        return a->first_tensor > b->first_tensor ? -1 : 1;
+    return -compare_sizes(a->first_view, b->first_view);
+}
+
+static void make_reduce_order(plan *p) {
+    for (size_t i = 0; i < p->wave_count;
+         i++) { /* insertion: stable, and nearly sorted backwards at worst */
+        size_t k = i;
+        for (; k > 0 && reduction_order(&p->waves[i], &p->waves[p->reduce_order[k - 1]]) < 0; k--)
+            p->reduce_order[k] = p->reduce_order[k - 1];
+        p->reduce_order[k] = i;
+    }
+}
+
+static void make_buckets(builder *b) {
+    plan *p = b->p;
+    size_t bytes = 0;
+    bucket *current = NULL;
+    for (size_t i = 0; i < p->wave_count; i++) {
+        const wave *w = &p->waves[p->reduce_order[i]];
+        const size_t wave_bytes = w->slot * (size_t)p->world_size * sizeof(float);
+        if (!current || bytes + wave_bytes > (size_t)b->s->bucket_bytes) {
+            current = &p->buckets[p->bucket_count++];
+            *current = (bucket){.first = i};
+            bytes = 0;
+        }
+        bytes += wave_bytes;
+        current->count++;
+        current->packed = current->packed || w->packed;
+        if (current->count > p->reduce_slots)
+            p->reduce_slots = current->count;
+    }
+}
+
+/* ---- arenas and figures ---- */
+
+static void lay_out(builder *b) {
+    plan *p = b->p;
+    const size_t n = (size_t)p->world_size;
+    const bool reduce = b->s->reduce != REDUCE_NONE;
+    size_t scratch = 0, largest_batch = 0;
+    for (size_t k = 0; k < p->batch_count; k++) {
+        size_t elements = 0;
+        for (size_t i = 0; i < p->batches[k].count; i++)
+            elements += n * p->waves[p->batches[k].first + i].slot;
+        largest_batch = elements > largest_batch ? elements : largest_batch;
+        if (p->batches[k].count > p->gather_slots)
+            p->gather_slots = p->batches[k].count;
+    }
+    for (size_t k = 0; k < p->batch_count; k++) {
+        size_t gather =
+            (k % 2) * largest_batch; /* batch k is applied before batch k+2 is gathered */
+        for (size_t i = 0; i < p->batches[k].count; i++) {
+            wave *w = &p->waves[p->batches[k].first + i];
+            const size_t whole = n * w->slot;
+            w->owned_offset = p->matrix_elements;
+            w->exchange_offset = scratch;
+            w->gather_offset = gather;
+            gather += whole;
+            p->matrix_elements += w->kind == PLAN_MATRICES ? w->slot : 0;
+            scratch += whole;
+            if (w->packed && reduce) {
+                w->pack_offset = p->pack_elements;
+                p->pack_elements += whole;
+            } else if (!w->packed && whole > p->largest_unpacked) {
+                p->largest_unpacked = whole;
+            }
+        }
+    }
+    for (size_t i = 0; i < p->wave_count; i++) /* the flat shard behind, since it has no momentum */
+        if (p->waves[i].kind == PLAN_FLAT)
+            p->waves[i].owned_offset = p->matrix_elements;
+    p->owned_elements = p->matrix_elements + p->flat_shard;
+    const size_t gathers = 2 * largest_batch;
+    p->exchange_elements = reduce && scratch > gathers ? scratch : gathers;
+}
+
+static size_t filled_slots(const plan *p, const wave *w) {
+    size_t filled = 0;
+    for (int rank = 0; rank < p->world_size; rank++)
+        filled += plan_slot_view(p, w, rank) != PLAN_EMPTY_SLOT;
+    return filled;
+}
+
+static void count_bytes(builder *b) {
+    plan *p = b->p;
+    const size_t n = (size_t)p->world_size;
+    const bool reduce = b->s->reduce != REDUCE_NONE;
+    for (size_t i = 0; i < p->wave_count; i++) {
+        const wave *w = &p->waves[i];
+        const size_t used = w->kind == PLAN_FLAT ? p->flat_elements : filled_slots(p, w) * w->slot;
+        const size_t away = (n - 1) * w->slot * sizeof(float);
+        p->bytes_reduced += reduce ? away : 0;
+        p->bytes_gathered += away;
+        p->bytes_packed += reduce && w->packed ? used * sizeof(float) : 0;
+        p->bytes_padded += (n * w->slot - used) * sizeof(float);
+    }
+}
+
+static double view_cost(const view *v) {
+    const double m = (double)(v->rows < v->cols ? v->rows : v->cols);
+    const double n = (double)(v->rows < v->cols ? v->cols : v->rows);
+    return m * m * (3.0 * n + m); /* symmetric products at half price; per step, so T cancels */
+}
+
+static muonshard_status measure_imbalance(builder *b, error_text *error) {
+    plan *p = b->p;
+    double *cost = calloc((size_t)p->world_size, sizeof *cost), total = 0.0, largest = 0.0;
+    FAIL_IF(!cost, error, MUONSHARD_ERR_MEMORY, "out of memory");
+    for (size_t i = 0; i < b->r->view_count; i++) {
+        cost[p->view_owner[i]] += view_cost(&b->r->views[i]);
+        total += view_cost(&b->r->views[i]);
+    }
+    for (int rank = 0; rank < p->world_size; rank++)
+        largest = cost[rank] > largest ? cost[rank] : largest;
+    p->imbalance = total > 0.0 ? largest * p->world_size / total : 1.0;
+    free(cost);
+    return MUONSHARD_OK;
+}
+
+static muonshard_status allocate(builder *b, error_text *error) {
+    plan *p = b->p;
+    const size_t views = b->r->view_count, waves = views + 1;
+    p->waves = calloc(waves, sizeof *p->waves);
+    p->reduce_order = calloc(waves, sizeof *p->reduce_order);
+    p->buckets = calloc(waves, sizeof *p->buckets);
+    p->view_wave = calloc(views + 1, sizeof *p->view_wave);
+    p->view_owner = calloc(views + 1, sizeof *p->view_owner);
+    p->flat_offset = calloc(b->r->tensor_count + 1, sizeof *p->flat_offset);
+    /* A wave is whole, or its shape's last: never more slots than this. */
+    p->slots = calloc(views * (size_t)p->world_size + 1, sizeof *p->slots);
+    b->loose = calloc(views + 1, sizeof *b->loose);
+    FAIL_IF(!p->waves || !p->reduce_order || !p->buckets || !p->view_wave || !p->view_owner ||
+                !p->flat_offset || !p->slots || !b->loose,
+            error, MUONSHARD_ERR_MEMORY, "out of memory");
+    return MUONSHARD_OK;
+}
+
+muonshard_status plan_make(plan *p, const registry *r, const settings *s, int world_size,
+                           error_text *error) {
+    *p = (plan){.world_size = world_size};
+    builder b = {.p = p, .r = r, .s = s};
+    muonshard_status status;
+    TRY_GOTO(allocate(&b, error), done);
+    for (size_t i = 0; i < r->tensor_count; i++)
+        if (r->tensors[i].role == MUONSHARD_ROLE_MATRIX)
+            make_whole_waves(&b, &r->tensors[i]);
+    make_packed_waves(&b);
+    make_flat_wave(&b);
+    TRY_GOTO(make_batches(&b, error), done);
+    make_reduce_order(p);
+    make_buckets(&b);
+    lay_out(&b);
+    count_bytes(&b);
+    TRY_GOTO(measure_imbalance(&b, error), done);
+done:
+    free(b.loose);
+    if (status)
+        plan_free(p);
+    return status;
+}
+
+uint64_t plan_hash(const plan *p) {
+    uint64_t h = XXH64(p->slots, p->slot_count * sizeof *p->slots, (uint64_t)p->world_size);
+    h = XXH64(p->reduce_order, p->wave_count * sizeof *p->reduce_order, h);
+    for (size_t i = 0; i < p->wave_count; i++) {
+        const wave *w = &p->waves[i];
+        const uint64_t facts[] = {w->kind,           w->packed,       (uint64_t)w->rows,
+                                  (uint64_t)w->cols, w->slot,         w->first_slot,
+                                  w->pack_offset,    w->owned_offset, w->gather_offset};
+        h = XXH64(facts, sizeof facts, h);
+    }
+    for (size_t i = 0; i < p->bucket_count; i++) {
+        const uint64_t facts[] = {p->buckets[i].first, p->buckets[i].count};
+        h = XXH64(facts, sizeof facts, h);
+    }
+    for (size_t i = 0; i < p->batch_count; i++) {
+        const uint64_t facts[] = {p->batches[i].first, p->batches[i].count};
+        h = XXH64(facts, sizeof facts, h);
+    }
+    return h;
+}
+
+void plan_free(plan *p) {
+    free(p->waves);
+    free(p->slots);
+    free(p->reduce_order);
+    free(p->buckets);
+    free(p->batches);
+    free(p->view_wave);
+    free(p->view_owner);
+    free(p->flat_offset);
+    *p = (plan){0};
+}

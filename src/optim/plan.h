@@ -1,0 +1,88 @@
+/* plan.h - who owns which matrix, what travels together, what is computed together. A pure function
+ * of the tensors, the world size and the settings: every rank computes the same plan, and its hash
+ * is compared at commit. */
+#ifndef PLAN_H
+#define PLAN_H
+
+#include <stdbool.h>
+#include "optim/registry.h"
+
+/* Element-wise tensors lie one after the other in a flat buffer; norms and shards are made of
+ * chunks of it. */
+#define PLAN_FLAT_CHUNK 65536
+
+typedef enum plan_kind { PLAN_MATRICES, PLAN_FLAT } plan_kind;
+
+/* One slot a rank, all of one size: what one reduce-scatter or all-gather of equal counts can move.
+ * The slots of a wave that is not packed are consecutive views of one tensor, contiguous in the
+ * caller's memory. The flat rest is one wave. */
+typedef struct wave {
+    plan_kind kind;
+    bool packed;            /* gradients are copied to the pack arena before they are sent */
+    int64_t rows, cols;     /* of every slot's view; flat: [1, slot] */
+    size_t slot;            /* elements */
+    size_t first_slot;      /* its world_size entries in plan.slots */
+    size_t first_view;      /* lowest view in it; flat: not used */
+    int first_tensor;       /* lowest tensor in it */
+    int priority;           /* highest in it */
+    size_t pack_offset;     /* elements in the pack arena, [world_size, slot] */
+    size_t owned_offset;    /* elements in the owned arena, [slot] */
+    size_t exchange_offset; /* elements of reduce-scatter scratch in the exchange arena,
+                               [world_size, slot] */
+    size_t gather_offset; /* elements in the exchange arena once gradients are reduced, [world_size,
+                             slot] */
+} wave;
+
+#define PLAN_EMPTY_SLOT SIZE_MAX
+
+/* Consecutive waves of plan.reduce_order that are reduce-scattered as one group. */
+typedef struct bucket {
+    size_t first, count;
+    bool packed; /* some wave in it is */
+} bucket;
+
+/* Waves [first, first + count) of one oriented shape m <= n: one batched Newton-Schulz, one group
+ * of all-gathers. */
+typedef struct batch {
+    plan_kind kind;
+    int64_t m, n;
+    size_t first, count;
+} batch;
+
+typedef struct plan {
+    int world_size;
+    wave *waves; /* own, [wave_count], in the order of batches */
+    size_t wave_count;
+    size_t *slots; /* own, views or PLAN_EMPTY_SLOT; of a flat wave not used */
+    size_t slot_count;
+    size_t *reduce_order; /* own, [wave_count] */
+    bucket *buckets;      /* own */
+    size_t bucket_count;
+    batch *batches; /* own */
+    size_t batch_count;
+    size_t *view_wave; /* own, [view_count]: the wave a view is in */
+    int *view_owner;   /* own, [view_count] */
+
+    size_t *flat_offset; /* own, [tensor_count]: where an element-wise tensor starts in the flat
+                            buffer */
+    size_t flat_elements, flat_shard;
+
+    /* arenas, elements a rank */
+    size_t pack_elements, matrix_elements, owned_elements, exchange_elements, largest_unpacked;
+    size_t reduce_slots, gather_slots; /* parts of the longest bucket and batch */
+    /* a step, bytes a rank */
+    size_t bytes_reduced, bytes_gathered, bytes_packed, bytes_padded;
+    double imbalance; /* largest / mean Newton-Schulz cost over the ranks; 1 without matrices */
+} plan;
+
+muonshard_status plan_make(plan *p, const registry *r, const settings *s, int world_size,
+                           error_text *error);
+uint64_t plan_hash(const plan *p);
+void plan_free(plan *p);
+
+/* The view in rank's slot, or PLAN_EMPTY_SLOT. */
+static inline size_t plan_slot_view(const plan *p, const wave *w, int rank) {
+    return p->slots[w->first_slot + (size_t)rank];
+}
+
+#endif

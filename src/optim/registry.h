@@ -1,0 +1,53 @@
+/* registry.h - the caller's tensors, and the matrix views they are made of. */
+#ifndef REGISTRY_H
+#define REGISTRY_H
+
+#include <stdbool.h>
+#include "settings.h"
+
+typedef struct tensor {
+    char *name; /* own */
+    muonshard_role role;
+    muonshard_matrix_form form;
+    int dims;
+    int64_t shape[MUONSHARD_MAX_DIMS];
+    int64_t *row_splits; /* own, [split_count]; one split of all rows where the caller gave none */
+    size_t split_count;
+    float *param;      /* borrowed, [elements] */
+    const float *grad; /* borrowed, [elements] or NULL */
+    muonshard_null_grad null_grad;
+    double lr_multiplier, decay_multiplier;
+    int group, priority;
+
+    int64_t entries, rows, cols; /* as [entries, rows, cols]; element-wise: [1, 1, elements] */
+    size_t elements;
+    size_t first_view, view_count; /* matrices: entries * split_count views */
+} tensor;
+
+/* One matrix: contiguous rows of one entry of a tensor. */
+typedef struct view {
+    int tensor;
+    int64_t entry, rows, cols;
+    size_t offset; /* elements from the tensor's start */
+    double scale;  /* of U, from settings and shape */
+} view;
+
+typedef struct registry {
+    tensor *tensors; /* own, [tensor_count] */
+    size_t tensor_count, tensor_capacity;
+    view *views; /* own, [view_count], in registration order */
+    size_t view_count, view_capacity;
+} registry;
+
+/* Checks and copies one description. Nothing changes on failure. */
+muonshard_status registry_add(registry *r, const settings *s, const muonshard_tensor_desc *desc,
+                              int *id, error_text *error);
+/* A hash of what all ranks must have in common of tensor `id`: everything but pointers. */
+uint64_t registry_tensor_hash(const registry *r, size_t id);
+void registry_free(registry *r);
+
+static inline size_t view_elements(const view *v) {
+    return (size_t)v->rows * (size_t)v->cols;
+}
+
+#endif

@@ -1,0 +1,418 @@
+/* step.c - the executor: walks the schedule in order and runs what it says. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "optim/optimizer.h"
+
+muonshard_status step_kill(muonshard_optimizer *o, muonshard_status status, const error_text *why) {
+    if (o->dead == MUONSHARD_OK) {
+        o->dead = status;
+        fail(&o->error, status, "%s", why->text);
+    }
+    return status;
+}
+
+static muonshard_status from_backend(muonshard_optimizer *o, muonshard_status status) {
+    return status ? step_kill(o, status, &o->backend->error) : MUONSHARD_OK;
+}
+
+static muonshard_status from_comm(muonshard_optimizer *o, const muonshard_comm *comm,
+                                  muonshard_status status) {
+    return status ? step_kill(o, status, &comm->error) : MUONSHARD_OK;
+}
+
+static double deadline(const muonshard_optimizer *o) {
+    return o->step == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
+}
+
+static muonshard_status run_copies(muonshard_optimizer *o, size_t count,
+                                   const step_record *record) {
+    return from_backend(
+        o, o->backend->ops->copy(o->backend, o->copies, count, record, STREAM_COMPUTE));
+}
+
+static kernel_context context(const muonshard_optimizer *o) {
+    return (kernel_context){o->memory.record, o->memory.values, o->memory.active};
+}
+
+/* ---- before agreement: gradients to their owners ---- */
+
+/* This rank's slots, from gradients that are already reduced. */
+static muonshard_status run_take(muonshard_optimizer *o, const op *operation) {
+    const plan *p = &o->plan;
+    const bucket *b = &p->buckets[operation->index];
+    size_t count = 0;
+    for (size_t i = 0; i < b->count; i++) {
+        const wave *w = &p->waves[p->reduce_order[b->first + i]];
+        float *owned = o->memory.owned + w->owned_offset;
+        if (w->kind == PLAN_FLAT) {
+            for (size_t k = 0; k < o->adam_count; k++) {
+                const adam_item *a = &o->adam[k];
+                const tensor *t = &o->registry.tensors[a->tensor];
+                const size_t at = p->flat_shard * (size_t)o->comm->rank + (size_t)(a->g - owned);
+                const float *grad = t->grad ? t->grad + (at - p->flat_offset[a->tensor]) : NULL;
+                o->copies[count++] =
+                    (copy_item){owned + (a->g - owned), grad, a->count * sizeof(float)};
+            }
+            continue;
+        }
+        const size_t index = plan_slot_view(p, w, o->comm->rank);
+        if (index == PLAN_EMPTY_SLOT)
+            continue;
+        const view *v = &o->registry.views[index];
+        const float *grad = o->registry.tensors[v->tensor].grad;
+        o->copies[count++] =
+            (copy_item){owned, grad ? grad + v->offset : NULL, w->slot * sizeof(float)};
+    }
+    return run_copies(o, count, NULL);
+}
+
+/* Gradients that don't lie as they travel, into the pack arena; empty slots there stay zero. */
+static muonshard_status run_pack(muonshard_optimizer *o, const op *operation) {
+    const plan *p = &o->plan;
+    const bucket *b = &p->buckets[operation->index];
+    size_t count = 0;
+    for (size_t i = 0; i < b->count; i++) {
+        const wave *w = &p->waves[p->reduce_order[b->first + i]];
+        if (!w->packed)
+            continue;
+        float *to = o->memory.pack + w->pack_offset;
+        for (size_t k = 0; w->kind == PLAN_FLAT && k < o->registry.tensor_count; k++) {
+            const tensor *t = &o->registry.tensors[k];
+            if (t->role == MUONSHARD_ROLE_ELEMENTWISE)
+                o->copies[count++] =
+                    (copy_item){to + p->flat_offset[k], t->grad, t->elements * sizeof(float)};
+        }
+        for (int r = 0; w->kind == PLAN_MATRICES && r < p->world_size; r++) {
+            const size_t index = plan_slot_view(p, w, r);
+            if (index == PLAN_EMPTY_SLOT)
+                continue;
+            const view *v = &o->registry.views[index];
+            const float *grad = o->registry.tensors[v->tensor].grad;
+            o->copies[count++] = (copy_item){
+                to + (size_t)r * w->slot, grad ? grad + v->offset : NULL, w->slot * sizeof(float)};
+        }
+    }
+    return run_copies(o, count, NULL);
+}
+
+/* Waves that are not packed are sent from where the caller has them. */
+static void point_gradients(muonshard_optimizer *o, const op *operation, op_state *state) {
+    const plan *p = &o->plan;
+    const bucket *b = &p->buckets[operation->index];
+    for (size_t i = 0; i < b->count; i++) {
+        const wave *w = &p->waves[p->reduce_order[b->first + i]];
+        if (w->packed)
+            continue;
+        const view *v = &o->registry.views[w->first_view];
+        const float *grad = o->registry.tensors[v->tensor].grad;
+        state->parts[i].send = grad ? grad + v->offset : o->memory.zeros;
+    }
+}
+
+static muonshard_status run_measure(muonshard_optimizer *o, const op *operation) {
+    const bucket_work *b = &o->buckets[operation->index];
+    return from_backend(o, o->backend->ops->sum_squares(o->backend, b->sums, b->sum_count));
+}
+
+/* ---- agreement ---- */
+
+static muonshard_status write_word(muonshard_optimizer *o) {
+    o->word_head[0] = o->step_status != MUONSHARD_OK;
+    for (size_t i = 0; i < o->registry.tensor_count; i++)
+        o->word_head[1 + i] = o->registry.tensors[i].grad != NULL;
+    o->copies[0] =
+        (copy_item){o->memory.word, o->word_head, (1 + o->registry.tensor_count) * sizeof(double)};
+    return run_copies(o, 1, NULL);
+}
+
+/* Group totals over agree_comm: rank 0 of each group brings its sum, the others zero. */
+static muonshard_status gather_totals(muonshard_optimizer *o) {
+    double *own = o->memory.totals, *contribution = own + 2;
+    o->copies[0] = (copy_item){contribution, own, 2 * sizeof *own};
+    TRY(run_copies(o, 1, NULL));
+    if (o->comm->rank != 0) {
+        o->copies[0] = (copy_item){contribution + 1, NULL, sizeof *own};
+        TRY(run_copies(o, 1, NULL));
+    }
+    const comm_part part = {.send = contribution, .recv = own + 4, .bytes = 2 * sizeof *own};
+    const comm_request request = {.kind = COMM_ALL_GATHER,
+                                  .parts = &part,
+                                  .part_count = 1,
+                                  .backend = o->backend,
+                                  .stream = STREAM_COMM};
+    comm_ticket ticket;
+    TRY(from_comm(o, o->agree_comm, comm_start(o->agree_comm, &request, &ticket)));
+    return from_comm(o, o->agree_comm, comm_wait(o->agree_comm, &ticket, deadline(o)));
+}
+
+static muonshard_status read_record(muonshard_optimizer *o) {
+    step_record r;
+    o->copies[0] = (copy_item){&r, o->memory.record, sizeof r};
+    TRY(run_copies(o, 1, NULL));
+    o->results[o->step % STEP_RESULTS] =
+        (muonshard_step_result_info){.size = sizeof(muonshard_step_result_info),
+                                     .step = o->step,
+                                     .count = r.count,
+                                     .skipped = r.skip != 0,
+                                     .grad_norm = r.grad_norm,
+                                     .clip_factor = (double)r.clip_factor};
+    o->failed = r.failed != 0;
+    return MUONSHARD_OK;
+}
+
+static muonshard_status run_resolve(muonshard_optimizer *o, const op *operation) {
+    (void)operation;
+    const workspace *m = &o->memory;
+    const double mean = o->settings->reduce == REDUCE_MEAN ? o->comm->size : 1.0;
+    resolve_args args = {.words = m->words,
+                         .word_count = o->comm->size,
+                         .stride = o->word_stride,
+                         .tensor_count = o->registry.tensor_count,
+                         .skip_if_absent = m->skip_if_absent,
+                         .active = m->active,
+                         .sum_index = m->sum_index,
+                         .sum_count = o->sum_count,
+                         .total = m->totals,
+                         .scale = o->grad_scale / mean,
+                         .clip_norm = o->settings->clip_norm,
+                         .record = o->agree_comm ? NULL : m->record};
+    TRY(from_backend(o, o->backend->ops->resolve(o->backend, &args)));
+    if (o->agree_comm) {
+        TRY(gather_totals(o));
+        args.words = m->totals + 4;
+        args.word_count = o->agree_comm->size;
+        args.stride = 2;
+        args.tensor_count = 0;
+        args.sum_index = m->sum_index + o->sum_count;
+        args.sum_count = (size_t)o->agree_comm->size;
+        args.record = m->record;
+        TRY(from_backend(o, o->backend->ops->resolve(o->backend, &args)));
+    }
+    return read_record(o);
+}
+
+/* ---- after agreement: updates ---- */
+
+static muonshard_status run_momentum(muonshard_optimizer *o, const op *operation) {
+    const batch_work *b = &o->batches[operation->index];
+    const kernel_context c = context(o);
+    return from_backend(
+        o, o->backend->ops->momentum(o->backend, &c, (momentum_form)o->settings->momentum_form,
+                                     o->settings->nesterov != 0, b->momentum, b->owned));
+}
+
+static muonshard_status run_orthogonalize(muonshard_optimizer *o, const op *operation) {
+    const batch *b = &o->plan.batches[operation->index];
+    const batch_work *work = &o->batches[operation->index];
+    const size_t at_once = o->backend->ops->batched ? work->owned : 1;
+    for (size_t i = 0; i < work->owned; i += at_once) {
+        TRY(from_backend(o, o->backend->ops->orthogonalize(
+                                o->backend, o->memory.record, work->program, b->m, b->n,
+                                work->orthogonalize + i, at_once, o->memory.newton_schulz)));
+        TRY(step_progress(o));
+    }
+    o->stats.ns_flops += (double)work->owned * ns_program_flops(work->program, b->m, b->n);
+    return MUONSHARD_OK;
+}
+
+static muonshard_status run_adam(muonshard_optimizer *o, const op *operation) {
+    (void)operation;
+    const settings *s = o->settings;
+    const size_t start = o->plan.flat_shard * (size_t)o->comm->rank;
+    for (size_t i = 0; i < o->adam_count; i++) {
+        const adam_item *a = &o->adam[i];
+        const size_t at = start + (size_t)(a->w - o->memory.flat_w);
+        const float *param =
+            o->registry.tensors[a->tensor].param + (at - o->plan.flat_offset[a->tensor]);
+        o->copies[i] = (copy_item){a->w, param, a->count * sizeof(float)};
+    }
+    TRY(run_copies(o, o->adam_count, NULL));
+    const kernel_context c = context(o);
+    const adam_args args = {.form = (adam_form)s->adam_form,
+                            .beta1 = s->adam_beta1,
+                            .beta2 = s->adam_beta2,
+                            .eps = s->adam_eps};
+    return from_backend(o, o->backend->ops->adam(o->backend, &c, &args, o->adam, o->adam_count));
+}
+
+static muonshard_status run_apply(muonshard_optimizer *o, const op *operation) {
+    const plan *p = &o->plan;
+    const batch *b = &p->batches[operation->index];
+    if (b->kind == PLAN_MATRICES) {
+        const batch_work *work = &o->batches[operation->index];
+        const kernel_context c = context(o);
+        return from_backend(o, o->backend->ops->apply(o->backend, &c, work->apply, work->views));
+    }
+    const float *gathered = o->memory.exchange + p->waves[b->first].gather_offset;
+    size_t count = 0;
+    for (size_t i = 0; i < o->registry.tensor_count; i++) {
+        const tensor *t = &o->registry.tensors[i];
+        if (t->role == MUONSHARD_ROLE_ELEMENTWISE)
+            o->copies[count++] =
+                (copy_item){t->param, gathered + p->flat_offset[i], t->elements * sizeof(float)};
+    }
+    return run_copies(o, count, o->memory.record);
+}
+
+/* ---- collectives ---- */
+
+static muonshard_status start_collective(muonshard_optimizer *o, const op *operation) {
+    op_state *state = &o->ops[operation - o->schedule.ops];
+    if (operation->kind == OP_REDUCE_SCATTER)
+        point_gradients(o, operation, state);
+    else if (operation->kind == OP_AGREE)
+        TRY(write_word(o));
+    const comm_request request = {.kind = operation->kind == OP_REDUCE_SCATTER ? COMM_REDUCE_SCATTER
+                                                                               : COMM_ALL_GATHER,
+                                  .parts = state->parts,
+                                  .part_count = state->part_count,
+                                  .backend = o->backend,
+                                  .stream = operation->stream};
+    state->started = now_s();
+    return from_comm(o, o->comm, comm_start(o->comm, &request, &state->ticket));
+}
+
+static void trace_collective(muonshard_optimizer *o, size_t index) {
+    trace_op(o->trace, &o->schedule.ops[index], o->step, o->ops[index].started, now_s());
+}
+
+static muonshard_status wait_collective(muonshard_optimizer *o, size_t index) {
+    op_state *state = &o->ops[index];
+    if (!state->ticket.open)
+        return MUONSHARD_OK;
+    const double start = now_s();
+    TRY(from_comm(o, o->comm, comm_wait(o->comm, &state->ticket, deadline(o))));
+    o->op_seconds[o->schedule.ops[index].kind] += now_s() - start;
+    trace_collective(o, index);
+    return MUONSHARD_OK;
+}
+
+muonshard_status step_progress(muonshard_optimizer *o) {
+    for (size_t i = 0; i < o->next; i++) {
+        if (!o->ops[i].ticket.open)
+            continue;
+        bool done = false;
+        TRY(from_comm(o, o->comm, comm_test(o->comm, &o->ops[i].ticket, &done)));
+        if (!done)
+            return MUONSHARD_OK; /* later ones come later */
+        trace_collective(o, i);
+    }
+    return MUONSHARD_OK;
+}
+
+/* ---- the walk ---- */
+
+static muonshard_status (*const run_kind[OP_KIND_COUNT])(muonshard_optimizer *o,
+                                                         const op *operation) = {
+    [OP_TAKE] = run_take,
+    [OP_PACK] = run_pack,
+    [OP_REDUCE_SCATTER] = start_collective,
+    [OP_MEASURE] = run_measure,
+    [OP_AGREE] = start_collective,
+    [OP_RESOLVE] = run_resolve,
+    [OP_MOMENTUM] = run_momentum,
+    [OP_ORTHOGONALIZE] = run_orthogonalize,
+    [OP_ADAM] = run_adam,
+    [OP_ALL_GATHER] = start_collective,
+    [OP_APPLY] = run_apply,
+};
+
+static muonshard_status run_op(muonshard_optimizer *o, size_t index) {
+    const op *operation = &o->schedule.ops[index];
+    char label[sizeof o->comm->position.phase];
+    op_label(operation, label, sizeof label);
+    if (operation->waits_on != OP_NONE) {
+        const size_t before = (size_t)operation->waits_on;
+        if (op_is_collective(o->schedule.ops[before].kind)) {
+            char awaited[sizeof label];
+            op_label(&o->schedule.ops[before], awaited, sizeof awaited);
+            comm_mark(o->comm, o->step, "%s", awaited);
+            TRY(wait_collective(o, before));
+        }
+        TRY(from_backend(o, o->backend->ops->fence(o->backend, o->schedule.ops[before].stream,
+                                                   operation->stream)));
+    }
+    comm_mark(o->comm, o->step, "%s", label);
+    const double start = now_s();
+    TRY(run_kind[operation->kind](o, operation));
+    if (!op_is_collective(operation->kind)) {
+        const double end = now_s();
+        o->op_seconds[operation->kind] += end - start;
+        trace_op(o->trace, operation, o->step, start, end);
+    }
+    return MUONSHARD_OK;
+}
+
+void step_begin(muonshard_optimizer *o) {
+    o->next = 0;
+    o->step++;
+    o->open = true;
+    o->called = false;
+    o->failed = false;
+    o->step_status = MUONSHARD_OK;
+    o->began = now_s();
+    memset(o->ready, 0, o->first_entry[o->registry.tensor_count]);
+}
+
+static muonshard_status finish(muonshard_optimizer *o) {
+    comm_mark(o->comm, 0, "between steps");
+    o->open = false;
+    o->stats.steps++;
+    o->stats.time_step += now_s() - o->began;
+    const muonshard_step_result_info *r = &o->results[o->step % STEP_RESULTS];
+    o->stats.skipped += r->skipped && !o->failed;
+    o->stats.grad_norm = r->grad_norm;
+    if (o->failed) { /* everybody knows; the text is the lowest failing rank's */
+        muonshard_comm *over = o->agree_comm ? o->agree_comm : o->comm;
+        return comm_agree(over, o->step_status, &o->error);
+    }
+    const int64_t every = o->settings->check_replicas;
+    if (every && o->step % every == 0) {
+        const muonshard_status status = replicas_check(o);
+        return status ? step_kill(o, status, &o->error) : MUONSHARD_OK;
+    }
+    return MUONSHARD_OK;
+}
+
+muonshard_status step_run_until(muonshard_optimizer *o, size_t end) {
+    while (o->next < end) {
+        TRY(run_op(o, o->next));
+        o->next++;
+    }
+    return o->next == o->schedule.count && o->open ? finish(o) : MUONSHARD_OK;
+}
+
+/* All tensors whose gradients the bucket sends are marked. */
+static bool bucket_ready(const muonshard_optimizer *o, const bucket *b) {
+    const plan *p = &o->plan;
+    for (size_t i = 0; i < b->count; i++) {
+        const wave *w = &p->waves[p->reduce_order[b->first + i]];
+        for (size_t k = 0; w->kind == PLAN_FLAT && k < o->registry.tensor_count; k++)
+            if (o->registry.tensors[k].role == MUONSHARD_ROLE_ELEMENTWISE &&
+                !o->ready[o->first_entry[k]])
+                return false;
+        for (int r = 0; w->kind == PLAN_MATRICES && r < p->world_size; r++) {
+            const size_t index = plan_slot_view(p, w, r);
+            if (index == PLAN_EMPTY_SLOT)
+                continue;
+            const view *v = &o->registry.views[index];
+            if (!o->ready[o->first_entry[v->tensor] + (size_t)v->entry])
+                return false;
+        }
+    }
+    return true;
+}
+
+muonshard_status step_start_ready(muonshard_optimizer *o) {
+    while (o->next < o->schedule.count) {
+        const op *operation = &o->schedule.ops[o->next];
+        if (!op_reads_gradients(operation->kind) ||
+            !bucket_ready(o, &o->plan.buckets[operation->index]))
+            break;
+        TRY(run_op(o, o->next));
+        o->next++;
+    }
+    return step_progress(o);
+}

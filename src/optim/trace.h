@@ -1,0 +1,20 @@
+/* trace.h - when each operation of the schedule really ran, as Chrome trace events
+ * (chrome://tracing, Perfetto). */
+#ifndef TRACE_H
+#define TRACE_H
+
+#include "optim/schedule.h"
+
+typedef struct trace trace;
+
+/* `path` may hold %r for the rank; with several ranks and no %r, ".rank" goes at the end. Empty:
+ * *out is NULL, and the calls below do nothing. ERR_IO. */
+muonshard_status trace_open(trace **out, const char *path, int rank, int world_size,
+                            error_text *error);
+/* One operation that ran from `start` to `end`, seconds of now_s(). Communication begins when it
+ * was started and ends when it was found complete. */
+void trace_op(trace *t, const op *o, int64_t step, double start, double end);
+/* Closes the file; ERR_IO if something could not be written. */
+muonshard_status trace_close(trace *t, error_text *error);
+
+#endif
