@@ -40,8 +40,7 @@ extern "C" {
 #define MUONSHARD_API
 #endif
 
-/* ---- status
- * ------------------------------------------------------------------------------------------ */
+/* ---- status ---- */
 
 #define MUONSHARD_STATUS_MAP(X)                                                                    \
     X(0, OK, "success")                                                                            \
@@ -76,8 +75,7 @@ typedef struct muonshard_comm muonshard_comm;
 typedef struct muonshard_config muonshard_config;
 typedef struct muonshard_optimizer muonshard_optimizer;
 
-/* ---- communicators
- * ----------------------------------------------------------------------------------- */
+/* ---- communicators ---- */
 
 typedef enum muonshard_log_level {
     MUONSHARD_LOG_INFO = 0,
@@ -149,8 +147,7 @@ MUONSHARD_API muonshard_status muonshard_comm_allgather(muonshard_comm *comm, co
 /* Destroys what was created on it first. NULL is allowed. Local. */
 MUONSHARD_API void muonshard_comm_destroy(muonshard_comm *comm);
 
-/* ---- configuration
- * ----------------------------------------------------------------------------------- */
+/* ---- configuration ---- */
 
 /* A program can add tables of its own: the keys then live in the same files, with the same checks,
  * help and dump. `offset` is where the value goes in the program's struct: BOOL -> int, INT ->
@@ -218,8 +215,7 @@ MUONSHARD_API size_t muonshard_config_help(const muonshard_config *config,
 MUONSHARD_API const char *muonshard_config_last_error(const muonshard_config *config);
 MUONSHARD_API void muonshard_config_destroy(muonshard_config *config);
 
-/* ---- optimizer: create, tensors, commit
- * -------------------------------------------------------------- */
+/* ---- optimizer: create, tensors, commit ---- */
 
 typedef struct muonshard_options {
     size_t size;
@@ -314,16 +310,25 @@ typedef enum muonshard_sync_params {
 MUONSHARD_API muonshard_status muonshard_commit(muonshard_optimizer *optimizer,
                                                 muonshard_sync_params sync_params);
 
-/* ---- optimizer: the step
- * ----------------------------------------------------------------------------- */
+/* ---- optimizer: the step ---- */
 
-/* NaN: as configured. For tensors of group g, groups[g] goes before the values of the step. */
+#if defined(__GNUC__)
+#define MUONSHARD_NAN __builtin_nan("")
+#else
+#define MUONSHARD_NAN ((double)(0.0f / 0.0f))
+#endif
+
+/* For tensors of group g, groups[g] goes before the values of the step, for matrices and
+ * element-wise tensors alike. NaN: the step's value. */
 typedef struct muonshard_group_args {
     double lr;
     double momentum;
     double weight_decay;
 } muonshard_group_args;
 
+/* NaN: as configured; adam_lr configured as auto follows this step's lr (times adam.lr_scale), and
+ * adam_weight_decay likewise. AdamW's t counts the steps of the optimizer that were not skipped,
+ * for every tensor alike. */
 typedef struct muonshard_step_args {
     size_t size;
     double lr;                /* matrices */
@@ -345,11 +350,6 @@ typedef struct muonshard_step_args {
         sizeof(muonshard_step_args), MUONSHARD_NAN, MUONSHARD_NAN, MUONSHARD_NAN, MUONSHARD_NAN,   \
             MUONSHARD_NAN, 1.0, 1.0, NULL, 0, NULL, 0                                              \
     }
-#if defined(__GNUC__)
-#define MUONSHARD_NAN __builtin_nan("")
-#else
-#define MUONSHARD_NAN ((double)(0.0f / 0.0f))
-#endif
 
 typedef struct muonshard_step_result_info {
     size_t size;
@@ -388,8 +388,7 @@ MUONSHARD_API muonshard_status muonshard_tensor_wait(muonshard_optimizer *optimi
  */
 MUONSHARD_API muonshard_status muonshard_progress(muonshard_optimizer *optimizer);
 
-/* ---- optimizer: looking in
- * --------------------------------------------------------------------------- */
+/* ---- optimizer: looking in ---- */
 
 typedef struct muonshard_stats_info {
     size_t size;

@@ -133,9 +133,10 @@ static void print_header(void) {
 
 static void print_row(const plan *q) {
     const size_t state = (q->matrix_elements + 2 * q->flat_shard) * sizeof(float);
+    const size_t scratch = q->world_size > 1 ? q->scratch_elements : 0;
+    const size_t exchange = scratch > q->gather_elements ? scratch : q->gather_elements;
     const size_t work =
-        (q->owned_elements + q->flat_shard + q->pack_elements + q->exchange_elements) *
-            sizeof(float) +
+        (q->owned_elements + q->flat_shard + q->pack_elements + exchange) * sizeof(float) +
         newton_schulz_bytes(q);
     printf("  %6d %6zu %7zu %9.3f %9.2f %9.2f %9.2f %9.2f %9.2f %9.2f\n", q->world_size,
            q->wave_count, q->batch_count, q->imbalance, mib(q->bytes_reduced),

@@ -66,8 +66,7 @@ typedef struct replay {
  * read. */
 #define CARRIED (-1)
 
-/* ---- names
- * ------------------------------------------------------------------------------------------- */
+/* ---- names ---- */
 
 /* `name` with each %r replaced by the rank; own. NULL: no memory. */
 static char *rank_name(const char *name, int rank) {
@@ -104,8 +103,7 @@ static char *step_name(const char *out, size_t step) {
     return text;
 }
 
-/* ---- checks before the first step
- * -------------------------------------------------------------------- */
+/* ---- checks before the first step ---- */
 
 static muonshard_status read_arguments(replay *r, char *message) {
     const command_given grads = command_option_given(&replay_usage, &r->args, "--grads");
@@ -214,8 +212,7 @@ static muonshard_status open_grads(const replay *r, size_t step, safetensors_fil
     return status;
 }
 
-/* ---- parameters
- * -------------------------------------------------------------------------------------- */
+/* ---- parameters ---- */
 
 static muonshard_status route_tensor(replay *r, size_t i, char *message) {
     const safetensors_tensor *source = &r->params.tensors[i];
@@ -280,8 +277,7 @@ static muonshard_status replay_load(replay *r, char *message) {
     return status;
 }
 
-/* ---- the run; what these return has been told
- * -------------------------------------------------------- */
+/* ---- the run; what these return has been told ---- */
 
 static muonshard_status replay_register(replay *r) {
     muonshard_status status = muonshard_create(r->cmd.comm, r->cmd.config, NULL, &r->optimizer);

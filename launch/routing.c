@@ -43,8 +43,7 @@ static int find_name(const char *const *names, const char *name) {
     return -1;
 }
 
-/* ---- values
- * ------------------------------------------------------------------------------------------ */
+/* ---- values ---- */
 
 static bool read_choice(const char *text, const char *const *names, int *value) {
     *value = find_name(names, text);
@@ -122,8 +121,7 @@ static muonshard_status read_value(enum word word, char *text, routing_rule *rul
     return good ? MUONSHARD_OK : MUONSHARD_ERR_CONFIG;
 }
 
-/* ---- rules
- * ------------------------------------------------------------------------------------------- */
+/* ---- rules ---- */
 
 static muonshard_status parse_rule(const char *line, size_t length, size_t number,
                                    routing_rule *rule, char *message) {
@@ -198,8 +196,7 @@ void routing_free(routing *rules) {
     *rules = (routing){0};
 }
 
-/* ---- tensors
- * ----------------------------------------------------------------------------------------- */
+/* ---- tensors ---- */
 
 /* 1: matches, 0: does not, -1: no memory. */
 static int rule_matches(const routing_rule *rule, const char *name) {
@@ -269,8 +266,7 @@ muonshard_status routing_apply(routing *rules, muonshard_tensor_desc *tensor, in
     return MUONSHARD_OK;
 }
 
-/* ---- telling
- * ----------------------------------------------------------------------------------------- */
+/* ---- telling ---- */
 
 static void shape_text(const muonshard_tensor_desc *tensor, char *text, size_t size) {
     size_t at = (size_t)snprintf(text, size, "[");

@@ -53,8 +53,7 @@ static bool tensor_bytes(const safetensors_tensor *tensor, size_t *bytes) {
     return true;
 }
 
-/* ---- reading
- * ----------------------------------------------------------------------------------------- */
+/* ---- reading ---- */
 
 static muonshard_status read_shape(const char *path, const json_t *shape,
                                    safetensors_tensor *tensor, char *message) {
@@ -340,8 +339,7 @@ void safetensors_close(safetensors_file *file) {
     *file = (safetensors_file){0};
 }
 
-/* ---- writing
- * ----------------------------------------------------------------------------------------- */
+/* ---- writing ---- */
 
 /* The directory `path` is in; own. */
 static char *directory_of(const char *path) {

@@ -7,7 +7,7 @@
 #define NO_ROW     ((size_t)-1)
 #define PRESET_ROW 0 /* of settings_table */
 
-/* ---- rows and their values */
+/* ---- rows and their values ---- */
 
 static size_t find_row(const config_row *rows, size_t count, const char *key) {
     for (size_t i = 0; i < count; ++i)
@@ -80,7 +80,7 @@ void config_given_commit(muonshard_config *config, char **given) {
         value_store(config->rows[i].param, raw_value(config, given, i), config->rows[i].target);
 }
 
-/* ---- messages */
+/* ---- messages ---- */
 
 static size_t min_size(size_t a, size_t b) {
     return a < b ? a : b;
@@ -145,7 +145,7 @@ static muonshard_status wrong_value(const muonshard_param *param, const char *wh
                 param->name, value, expected);
 }
 
-/* ---- setting and loading */
+/* ---- setting and loading ---- */
 
 /* Puts a checked value into given[row]; `where` opens the message. */
 static muonshard_status assign(const muonshard_config *config, char **given, size_t row,
@@ -301,7 +301,7 @@ muonshard_status muonshard_config_get(const muonshard_config *config, const char
     return MUONSHARD_OK;
 }
 
-/* ---- the handle */
+/* ---- the handle ---- */
 
 static bool valid_name(const char *name) {
     const size_t length = strlen(name);

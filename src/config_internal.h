@@ -21,7 +21,7 @@ struct muonshard_config {
     error_text error;
 };
 
-/* ---- config_value.c: one parameter's value as text */
+/* ---- config_value.c: one parameter's value as text ---- */
 
 #define VALUE_TEXT_MAX  64
 #define VALUE_RANGE_MAX 512
@@ -42,7 +42,7 @@ const char *value_type_name(muonshard_param_type type);
 /* The code point at *text, which moves on behind it; 0 at the end, -1 where it is not UTF-8. */
 int32_t utf8_next(const char **text);
 
-/* ---- config_yaml.c: YAML as a flat sequence of dotted keys */
+/* ---- config_yaml.c: YAML as a flat sequence of dotted keys ---- */
 
 #define CONFIG_MAX_BYTES ((size_t)1 << 20)
 #define CONFIG_MAX_DEPTH 16
@@ -75,7 +75,7 @@ muonshard_status config_yaml_parse(const char *yaml, size_t length, const char *
 muonshard_status config_yaml_read(const char *path, char **yaml, size_t *length, error_text *error);
 void config_entries_free(config_entries *entries);
 
-/* ---- config.c */
+/* ---- config.c ---- */
 
 /* The values `given` gives to a row, with presets and defaults behind it; as canonical text. */
 const char *config_row_text(const muonshard_config *config, char *const *given, size_t row,
@@ -88,7 +88,7 @@ muonshard_status config_given_load(const muonshard_config *config, char *const *
 void config_given_commit(muonshard_config *config, char **given);
 void config_given_free(char **given, size_t count);
 
-/* ---- config_text.c */
+/* ---- config_text.c ---- */
 
 /* YAML of all rows, or only of those given; like snprintf. */
 size_t config_text_dump(const muonshard_config *config, bool only_given, char *text, size_t size);

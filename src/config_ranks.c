@@ -36,7 +36,7 @@ uint64_t config_hash(const muonshard_config *config) {
     return hash_values(config, config->given, settings_table_count);
 }
 
-/* ---- collectives whose failure leaves its text in `error` */
+/* ---- collectives whose failure leaves its text in `error` ---- */
 
 static muonshard_status comm_result(muonshard_comm *comm, muonshard_status status,
                                     error_text *error) {
@@ -76,7 +76,7 @@ static muonshard_status share_text(muonshard_comm *comm, muonshard_status status
     return comm_result(comm, muonshard_comm_broadcast(comm, *text, (size_t)bytes, 0), error);
 }
 
-/* ---- broadcast */
+/* ---- broadcast ---- */
 
 static muonshard_status dump_given(const muonshard_config *config, char **text, size_t *length,
                                    error_text *error) {
@@ -119,7 +119,7 @@ out:
     return status;
 }
 
-/* ---- comparison */
+/* ---- comparison ---- */
 
 /* The own table's values, each with its final zero; `text` NULL: only their length. */
 static size_t own_values(const muonshard_config *config, char *text) {

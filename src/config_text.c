@@ -27,7 +27,7 @@ static writer writer_to(char *text, size_t size) {
     return w;
 }
 
-/* ---- dump */
+/* ---- dump ---- */
 
 static bool needs_quotes(const char *text, size_t length) {
     static const char *const nulls[] = {"null", "Null", "NULL"};
@@ -105,7 +105,7 @@ size_t muonshard_config_dump(const muonshard_config *config, char *text, size_t 
     return config ? config_text_dump(config, false, text, size) : writer_to(text, size).length;
 }
 
-/* ---- help */
+/* ---- help ---- */
 
 /* What a fresh config shows for a row. */
 static void row_default(const muonshard_config *config, size_t row, char *text, size_t size) {

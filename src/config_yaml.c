@@ -23,7 +23,7 @@ typedef struct text_buffer {
     size_t length, capacity;
 } text_buffer;
 
-/* ---- memory */
+/* ---- memory ---- */
 
 void config_entries_free(config_entries *entries) {
     for (size_t i = 0; i < entries->count; ++i) {
@@ -74,7 +74,7 @@ static muonshard_status add_entry(reader *r, config_entry_kind kind, const char 
     return MUONSHARD_OK;
 }
 
-/* ---- events */
+/* ---- events ---- */
 
 static size_t line_of(const reader *r) {
     return r->event.start_mark.line + 1;
@@ -152,7 +152,7 @@ static bool scalar_is_null(const reader *r) {
             !strcmp(s, "NULL"));
 }
 
-/* ---- lists */
+/* ---- lists ---- */
 
 /* Words of a mapping in a list are joined without quotes, so they must not contain what separates
  * them. */
@@ -249,7 +249,7 @@ static muonshard_status read_list(reader *r, const char *key, size_t line) {
     return status;
 }
 
-/* ---- mappings */
+/* ---- mappings ---- */
 
 static muonshard_status read_mapping(reader *r, const char *prefix, size_t line) {
     TRY(advance(r));

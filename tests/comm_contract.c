@@ -6,8 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- a backend that copies and sums
- * ------------------------------------------------------------------ */
+/* ---- a backend that copies and sums ---- */
 
 static muonshard_status plain_copy(backend *self, const copy_item *items, size_t count,
                                    const step_record *unless_skip, backend_stream stream) {
@@ -39,8 +38,7 @@ backend *contract_backend(void) {
     return &plain;
 }
 
-/* ---- checks
- * ------------------------------------------------------------------------------------------ */
+/* ---- checks ---- */
 
 static void failed(contract_run *run, int line, const char *condition, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
@@ -212,8 +210,7 @@ static void run_one(contract_run *run, comm_kind kind, size_t bytes, size_t numb
     free_buffers(&b);
 }
 
-/* ---- cases: data
- * ------------------------------------------------------------------------------------- */
+/* ---- cases: data ---- */
 
 static void exchange(contract_run *run) {
     run_one(run, COMM_EXCHANGE, 4096, 1, 0);
@@ -318,8 +315,7 @@ static void special_values(contract_run *run) {
     free(scratch);
 }
 
-/* ---- cases: tickets
- * ---------------------------------------------------------------------------------- */
+/* ---- cases: tickets ---- */
 
 /* Twelve requests of mixed kinds open at once; waited for in the order started, then in reverse. */
 static void open_tickets(contract_run *run) {
@@ -419,8 +415,7 @@ static void done_stays_done(contract_run *run) {
     free_buffers(&b);
 }
 
-/* ---- cases: host messages and agreement
- * -------------------------------------------------------------- */
+/* ---- cases: host messages and agreement ---- */
 
 static void public_calls(contract_run *run) {
     muonshard_comm *comm = run->comm;

@@ -241,8 +241,7 @@ void threads_barrier(muonshard_comm *comm) {
     pthread_barrier_wait(&((seat *)comm->impl)->world->barrier);
 }
 
-/* ---- running
- * ----------------------------------------------------------------------------------------- */
+/* ---- running ---- */
 
 typedef struct runner {
     seat seat;

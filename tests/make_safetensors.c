@@ -88,7 +88,7 @@ static int raw(int count, char **arguments) {
     return fclose(out) == 0 ? 0 : failed(arguments[0]);
 }
 
-static int differ(char **arguments) {
+static int differ(int count, char **arguments) {
     safetensors_file one, other;
     if (safetensors_open(arguments[0], &one, message) != MUONSHARD_OK)
         return failed(message);
@@ -98,11 +98,15 @@ static int differ(char **arguments) {
     }
     bool same = one.tensor_count == other.tensor_count;
     double largest = 0;
+    int compared = 0;
     for (size_t i = 0; i < one.tensor_count && same; i++) {
         const safetensors_tensor *a = &one.tensors[i], *b = &other.tensors[i];
         const float *x = a->data, *y = b->data;
         same = strcmp(a->name, b->name) == 0 && a->dims == b->dims &&
                memcmp(a->shape, b->shape, sizeof a->shape) == 0;
+        if (count > 2 && strcmp(a->name, arguments[2]) != 0)
+            continue;
+        compared++;
         for (size_t k = 0; k < a->elements && same; k++)
             largest =
                 fmax(largest, isfinite(x[k]) && isfinite(y[k]) ? fabs((double)x[k] - (double)y[k])
@@ -110,7 +114,7 @@ static int differ(char **arguments) {
     }
     safetensors_close(&one);
     safetensors_close(&other);
-    if (!same)
+    if (!same || compared == 0)
         return failed("the files hold other tensors");
     printf("%.3e\n", largest);
     return 0;
@@ -146,8 +150,8 @@ int main(int argc, char **argv) {
         return make(argc - 2, argv + 2);
     if (argc >= 5 && strcmp(argv[1], "raw") == 0)
         return raw(argc - 2, argv + 2);
-    if (argc == 4 && strcmp(argv[1], "differ") == 0)
-        return differ(argv + 2);
+    if (argc >= 4 && strcmp(argv[1], "differ") == 0)
+        return differ(argc - 2, argv + 2);
     if (argc == 5 && strcmp(argv[1], "mean") == 0)
         return mean(argv + 2);
     return failed("make | raw | mean | differ");

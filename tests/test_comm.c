@@ -17,8 +17,7 @@
 
 enum { MAX_RANKS = 4 };
 
-/* ---- the contract
- * ------------------------------------------------------------------------------------ */
+/* ---- the contract ---- */
 
 typedef struct maker {
     const char *name;
@@ -126,8 +125,7 @@ static void test_contract(void **state) {
     }
 }
 
-/* ---- deadlines
- * --------------------------------------------------------------------------------------- */
+/* ---- deadlines ---- */
 
 typedef struct failure_report {
     muonshard_status status, later, later_agree;
@@ -200,8 +198,7 @@ static void test_timeout(void **state) {
     assert_int_equal(test.wrong_fatal_texts, 0);
 }
 
-/* ---- ranks that start different operations
- * ----------------------------------------------------------- */
+/* ---- ranks that start different operations ---- */
 
 typedef struct mismatch_test {
     int variant;
@@ -246,8 +243,7 @@ static void test_mismatch(void **state) {
     }
 }
 
-/* ---- latency
- * ----------------------------------------------------------------------------------------- */
+/* ---- latency ---- */
 
 static void measure_latency(muonshard_comm *comm, void *arg) {
     double *seconds = arg;
@@ -266,8 +262,7 @@ static void test_latency(void **state) {
     assert_true(seconds[0] >= 0.05 && seconds[1] >= 0.05);
 }
 
-/* ---- options and logs
- * -------------------------------------------------------------------------------- */
+/* ---- options and logs ---- */
 
 typedef struct lines {
     int count, fatal;
@@ -354,14 +349,15 @@ static void test_death_is_told_once(void **state) {
     assert_int_equal(kept.fatal, 1);
     assert_int_equal(kept.count, 0);
     assert_string_equal(kept.text, "cable 8");
+    comm_mark(comm, 3, "elsewhere"); /* others go on reading where it died */
+    assert_string_equal(comm->position.phase, "create communicator");
     error_text error = {"own"};
     assert_int_equal(comm_agree(comm, MUONSHARD_ERR_IO, &error), MUONSHARD_ERR_COMM);
     assert_string_equal(error.text, "cable 8");
     muonshard_comm_destroy(comm);
 }
 
-/* ---- callbacks
- * --------------------------------------------------------------------------------------- */
+/* ---- callbacks ---- */
 
 static int one_rank_allgather(void *user, const void *send, void *recv, size_t bytes) {
     int *fails = user;
@@ -464,8 +460,7 @@ static void test_slow_exchange_is_logged(void **state) {
     muonshard_comm_destroy(comm);
 }
 
-/* ---- a backend that fails
- * ---------------------------------------------------------------------------- */
+/* ---- a backend that fails ---- */
 
 static muonshard_status failing_sum(backend *self, float *dst, const float *src, int ranks,
                                     size_t count, backend_stream stream) {

@@ -40,8 +40,7 @@ static void agree_on(const char *failure) {
             snprintf(failure, sizeof(failure), "line %d: %s", __LINE__, #condition);               \
     } while (0)
 
-/* ---- the contract
- * ------------------------------------------------------------------------------------ */
+/* ---- the contract ---- */
 
 typedef muonshard_status (*create_fn)(MPI_Comm mpi_comm, const muonshard_comm_options *options,
                                       muonshard_comm **comm);
@@ -77,8 +76,7 @@ static void test_contract(void **state) {
     muonshard_comm_destroy(run.comm);
 }
 
-/* ---- creation
- * ---------------------------------------------------------------------------------------- */
+/* ---- creation ---- */
 
 static void keep_line(void *user, muonshard_log_level level, const char *message) {
     (void)level;
@@ -180,8 +178,7 @@ static void test_exit_codes(void **state) {
     assert_int_equal(muonshard_mpi_exit_code(MUONSHARD_ERR_INTERNAL), 22);
 }
 
-/* ---- deadlines
- * --------------------------------------------------------------------------------------- */
+/* ---- deadlines ---- */
 
 typedef struct fatal_count {
     int calls;

@@ -71,8 +71,7 @@ static int temporaries(void) {
     return count;
 }
 
-/* ---- reading
- * ----------------------------------------------------------------------------------------- */
+/* ---- reading ---- */
 
 static const float six[6] = {1.5f, -2.0f, 3.25f, 0.0f, -0.5f, 1e-30f};
 
@@ -302,8 +301,7 @@ static void mutated_files(void **state) {
     unlink(path);
 }
 
-/* ---- writing
- * ----------------------------------------------------------------------------------------- */
+/* ---- writing ---- */
 
 static safetensors_tensor f32(const char *name, int dims, int64_t rows, int64_t cols,
                               const float *data) {

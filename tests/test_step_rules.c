@@ -211,6 +211,25 @@ static void test_lr_factor_alone(void **state) {
     pair_close(&p);
 }
 
+/* Where a preset says "same rate and decay" for element-wise tensors, they follow those of the
+ * step. */
+static void test_auto_rates_follow_the_step(void **state) {
+    (void)state;
+    pair p;
+    pair_open(&p, "preset: moonlight\nadam: {lr_scale: 0.4}\n", moonlight, tensors, TENSORS, 315);
+    muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
+    for (int step = 1; step <= 5; step++) {
+        args.lr = 0.1 * step;
+        args.weight_decay = 0.2 * step;
+        p.exact.preset.adam_lr = p.rounded.preset.adam_lr = 0.4 * args.lr;
+        p.exact.preset.adam_weight_decay = p.rounded.preset.adam_weight_decay = args.weight_decay;
+        pair_new_gradients(&p);
+        pair_step(&p, &args);
+        pair_check(&p, "auto rates", 2e-5, 1e-5, NULL);
+    }
+    pair_close(&p);
+}
+
 static void test_multipliers(void **state) {
     (void)state;
     static const pair_tensor scaled[] = {
@@ -455,6 +474,7 @@ int main(void) {
         cmocka_unit_test(test_zero_gradients),
         cmocka_unit_test(test_arguments_of_a_step),
         cmocka_unit_test(test_lr_factor_alone),
+        cmocka_unit_test(test_auto_rates_follow_the_step),
         cmocka_unit_test(test_multipliers),
         cmocka_unit_test(test_groups),
         cmocka_unit_test(test_groups_leave_out_values),

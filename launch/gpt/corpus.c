@@ -53,11 +53,17 @@ memory:
     return MUONSHARD_ERR_MEMORY;
 }
 
+/* A folder that is not there is no match; one that cannot be read ends the search. */
+static int glob_error(const char *path, int error) {
+    (void)path;
+    return error != ENOENT && error != ENOTDIR;
+}
+
 static muonshard_status add_pattern(sources *s, const char *pattern, char *message) {
     glob_t found;
     size_t before = s->count;
     muonshard_status status = MUONSHARD_OK;
-    int rc = glob(pattern, GLOB_ERR | GLOB_NOSORT, NULL, &found);
+    int rc = glob(pattern, GLOB_NOSORT, glob_error, &found);
     if (rc == GLOB_NOMATCH) {
         snprintf(message, CORPUS_MESSAGE, "data.files: no file matches %s", pattern);
         return MUONSHARD_ERR_CONFIG;

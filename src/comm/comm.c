@@ -9,8 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* ---- life and death
- * ---------------------------------------------------------------------------------- */
+/* ---- life and death ---- */
 
 muonshard_status comm_refuse(const muonshard_comm_options *options, muonshard_status status,
                              const char *format, ...) {
@@ -99,8 +98,7 @@ void comm_mark(muonshard_comm *comm, int64_t step, const char *format, ...) {
         comm->ops->mark(comm, &comm->position);
 }
 
-/* ---- requests
- * ---------------------------------------------------------------------------------------- */
+/* ---- requests ---- */
 
 static muonshard_status check_request(muonshard_comm *comm, const comm_request *request) {
     FAIL_IF(request->part_count && !request->parts, &comm->error, MUONSHARD_ERR_INTERNAL,
@@ -215,8 +213,7 @@ muonshard_status comm_run(muonshard_comm *comm, const comm_request *request) {
     return comm_wait(comm, &ticket, comm->options.timeout_s);
 }
 
-/* ---- host messages
- * ----------------------------------------------------------------------------------- */
+/* ---- host messages ---- */
 
 muonshard_status comm_allgather(muonshard_comm *comm, const void *send, void *recv, size_t bytes) {
     comm_part part = {.send = send, .recv = recv, .bytes = bytes};
@@ -268,8 +265,7 @@ muonshard_status comm_agree(muonshard_comm *comm, muonshard_status status, error
     return agreed;
 }
 
-/* ---- public
- * ------------------------------------------------------------------------------------------ */
+/* ---- public ---- */
 
 /* What the board says of a rank that is in none of our calls. */
 static muonshard_status leave(muonshard_comm *comm, muonshard_status status) {

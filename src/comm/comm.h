@@ -58,6 +58,7 @@ typedef struct comm_position {
 typedef struct comm_ops {
     const char *name;
     bool native_reduce_scatter;
+    bool writes_after_death; /* what never completed may still write to its buffers */
     /* Begins the ticket's request; same order on every rank; never waits for another rank.
      * (callbacks may: it says so.) Without native_reduce_scatter that kind is an exchange into
      * comm_exchange_target. Failures here and in test go through comm_die. */

@@ -41,8 +41,7 @@ static muonshard_status mpi_failed(muonshard_comm *comm, const char *what, int c
                     comm->size, comm->host, comm->position.phase, what, text);
 }
 
-/* ---- operations
- * -------------------------------------------------------------------------------------- */
+/* ---- operations ---- */
 
 static mpi_operation *take_operation(mpi_transport *transport, size_t parts) {
     if (parts > INT_MAX)
@@ -180,14 +179,14 @@ static void mpi_destroy(muonshard_comm *comm) {
 
 static const comm_ops mpi_ops = {.name = "mpi",
                                  .native_reduce_scatter = false,
+                                 .writes_after_death = true,
                                  .start = mpi_start,
                                  .test = mpi_test,
                                  .mark = mpi_mark,
                                  .describe = mpi_describe,
                                  .destroy = mpi_destroy};
 
-/* ---- the end of a job
- * -------------------------------------------------------------------------------- */
+/* ---- the end of a job ---- */
 
 int muonshard_mpi_exit_code(muonshard_status status) {
     return status == MUONSHARD_OK ? 0 : 10 - (int)status;
@@ -230,8 +229,7 @@ static void abort_once(void *user, muonshard_status status, const char *message)
     }
 }
 
-/* ---- creation
- * ---------------------------------------------------------------------------------------- */
+/* ---- creation ---- */
 
 static muonshard_status check_mpi(const muonshard_comm_options *options, MPI_Comm given) {
     int initialized = 0, finalized = 0, inter = 0;

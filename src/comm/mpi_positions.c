@@ -47,8 +47,7 @@ struct mpi_positions {
     place place;
 };
 
-/* ---- opening
- * ----------------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 typedef struct resident { /* what every rank tells every other */
     char host[64];
@@ -169,8 +168,7 @@ void positions_close(mpi_positions *board) {
     free(board);
 }
 
-/* ---- writing and reading
- * ----------------------------------------------------------------------------- */
+/* ---- writing and reading ---- */
 
 void positions_mark(mpi_positions *board, const comm_position *position) {
     if (!board)

@@ -16,12 +16,13 @@ muonshard_status backend_open_cuda(backend **out, error_text *error) {
     const plugin_entry *plugin = entry ? entry() : NULL;
     if (plugin && plugin->abi == PLUGIN_ABI)
         return plugin->open(out, error);
+    const int abi = plugin ? plugin->abi : 0;
     dlclose(library);
     FAIL_IF(!plugin, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s is no muonshard plugin",
             CUDA_LIBRARY);
     return fail(error, MUONSHARD_ERR_UNAVAILABLE,
                 "no CUDA backend: %s is of another version (plugin ABI %d, wanted %d)",
-                CUDA_LIBRARY, plugin->abi, PLUGIN_ABI);
+                CUDA_LIBRARY, abi, PLUGIN_ABI);
 }
 
 muonshard_status backend_open(backend_choice choice, backend **out, error_text *error, char *why,

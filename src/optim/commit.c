@@ -48,7 +48,9 @@ static muonshard_status reserve_workspace(muonshard_optimizer *o) {
     TRY(reserve(o, &m->owned, p->owned_elements, sizeof(float)));
     TRY(reserve(o, &m->flat_w, p->flat_shard, sizeof(float)));
     TRY(reserve(o, &m->pack, p->pack_elements, sizeof(float)));
-    TRY(reserve(o, &m->exchange, p->exchange_elements, sizeof(float)));
+    const size_t scratch = comm_needs_scratch(o->comm) ? p->scratch_elements : 0;
+    const size_t exchange = scratch > p->gather_elements ? scratch : p->gather_elements;
+    TRY(reserve(o, &m->exchange, exchange, sizeof(float)));
     TRY(reserve(o, &m->zeros, p->largest_unpacked, sizeof(float)));
     TRY(reserve(o, &m->word, o->word_stride, sizeof(double)));
     TRY(reserve(o, &m->words, o->word_stride * (size_t)p->world_size, sizeof(double)));
@@ -374,6 +376,14 @@ failed:
     return status;
 }
 
+/* A collective that never completed may still write to the workspace when a late rank arrives. */
+static bool workspace_in_use(const muonshard_optimizer *o) {
+    bool in_use = false;
+    for (size_t i = 0; o->ops && i < o->schedule.count; i++)
+        in_use = in_use || o->ops[i].ticket.open;
+    return in_use && o->comm->dead && o->comm->ops->writes_after_death;
+}
+
 /* Back to what it was before commit. */
 void optimizer_release(muonshard_optimizer *o) {
     void *memory[] = {o->memory.owned,    o->memory.momentum,       o->memory.pack,
@@ -382,7 +392,7 @@ void optimizer_release(muonshard_optimizer *o) {
                       o->memory.word,     o->memory.words,          o->memory.totals,
                       o->memory.active,   o->memory.skip_if_absent, o->memory.values,
                       o->memory.record,   o->memory.sum_index};
-    for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++)
+    for (size_t i = 0; i < sizeof memory / sizeof memory[0] && !workspace_in_use(o); i++)
         o->backend->ops->free(o->backend, memory[i]);
     o->memory = (workspace){0};
     for (size_t b = 0; o->batches && b < o->plan.batch_count; b++) {

@@ -17,7 +17,7 @@ typedef struct workspace {
         owned; /* [owned_elements] summed gradients of what this rank owns, then U in their place */
     float *momentum; /* [matrix_elements] state */
     float *pack;     /* [pack_elements] gradients that had to be copied to be sent */
-    float *exchange; /* [exchange_elements] scratch of reduce-scatters, then what is gathered */
+    float *exchange; /* scratch of reduce-scatters; once they are done, what is gathered */
     float *
         zeros; /* [largest_unpacked] sent in the place of a NULL gradient; made when first needed */
     float *flat_m, *flat_v; /* [flat_shard] AdamW state */

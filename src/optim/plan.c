@@ -65,12 +65,25 @@ static void make_whole_waves(builder *b, const tensor *t) {
     }
 }
 
-static bool same_shape(const view *a, const view *b) {
-    return a->rows == b->rows && a->cols == b->cols;
+static int64_t short_side(int64_t rows, int64_t cols) {
+    return rows < cols ? rows : cols;
 }
 
-/* Loose views of one shape together, in registration order. A wave they don't fill starts at the
- * rank whose turn it is. */
+static int64_t long_side(int64_t rows, int64_t cols) {
+    return rows < cols ? cols : rows;
+}
+
+static bool same_oriented_shape(int64_t rows_a, int64_t cols_a, int64_t rows_b, int64_t cols_b) {
+    return short_side(rows_a, cols_a) == short_side(rows_b, cols_b) &&
+           long_side(rows_a, cols_a) == long_side(rows_b, cols_b);
+}
+
+static bool can_share_wave(const view *a, const view *b) {
+    return same_oriented_shape(a->rows, a->cols, b->rows, b->cols);
+}
+
+/* Loose views of one oriented shape together, in registration order. A wave they don't fill starts
+ * at the rank whose turn it is. */
 static void make_packed_waves(builder *b) {
     const size_t n = (size_t)b->p->world_size;
     for (size_t i = 0; i < b->loose_count; i++) {
@@ -79,13 +92,13 @@ static void make_packed_waves(builder *b) {
         const view *first = &b->r->views[b->loose[i]];
         size_t same = 0;
         for (size_t k = i; k < b->loose_count; k++)
-            if (b->loose[k] != PLAN_EMPTY_SLOT && same_shape(first, &b->r->views[b->loose[k]]))
+            if (b->loose[k] != PLAN_EMPTY_SLOT && can_share_wave(first, &b->r->views[b->loose[k]]))
                 same++;
         wave *w = NULL;
         size_t placed = 0, start = 0;
         for (size_t k = i; k < b->loose_count; k++) {
             const size_t view_index = b->loose[k];
-            if (view_index == PLAN_EMPTY_SLOT || !same_shape(first, &b->r->views[view_index]))
+            if (view_index == PLAN_EMPTY_SLOT || !can_share_wave(first, &b->r->views[view_index]))
                 continue;
             if (placed % n == 0) {
                 w = new_wave(b, first);
@@ -142,16 +155,8 @@ static int forward_order(const void *left, const void *right) {
     return compare_sizes(a->first_view, b->first_view);
 }
 
-static int64_t short_side(const wave *w) {
-    return w->rows < w->cols ? w->rows : w->cols;
-}
-
-static int64_t long_side(const wave *w) {
-    return w->rows < w->cols ? w->cols : w->rows;
-}
-
 static bool one_batch(const wave *a, const wave *b) {
-    return a->kind == b->kind && short_side(a) == short_side(b) && long_side(a) == long_side(b);
+    return a->kind == b->kind && same_oriented_shape(a->rows, a->cols, b->rows, b->cols);
 }
 
 /* Brings waves of one oriented shape together, at the place of the first of them, and cuts them
@@ -180,7 +185,8 @@ static muonshard_status make_batches(builder *b, error_text *error) {
             const size_t slot_bytes = w->slot * sizeof(float);
             if (!current || bytes + slot_bytes > (size_t)b->s->batch_bytes) {
                 current = &p->batches[p->batch_count++];
-                *current = (batch){w->kind, short_side(w), long_side(w), done, 0};
+                *current = (batch){w->kind, short_side(w->rows, w->cols),
+                                   long_side(w->rows, w->cols), done, 0};
                 bytes = 0;
             }
             bytes += slot_bytes;
@@ -280,8 +286,8 @@ static void lay_out(builder *b) {
         if (p->waves[i].kind == PLAN_FLAT)
             p->waves[i].owned_offset = p->matrix_elements;
     p->owned_elements = p->matrix_elements + p->flat_shard;
-    const size_t gathers = 2 * largest_batch;
-    p->exchange_elements = reduce && scratch > gathers ? scratch : gathers;
+    p->gather_elements = 2 * largest_batch;
+    p->scratch_elements = reduce ? scratch : 0;
 }
 
 static size_t filled_slots(const plan *p, const wave *w) {
@@ -307,8 +313,8 @@ static void count_bytes(builder *b) {
 }
 
 static double view_cost(const view *v) {
-    const double m = (double)(v->rows < v->cols ? v->rows : v->cols);
-    const double n = (double)(v->rows < v->cols ? v->cols : v->rows);
+    const double m = (double)short_side(v->rows, v->cols);
+    const double n = (double)long_side(v->rows, v->cols);
     return m * m * (3.0 * n + m); /* symmetric products at half price; per step, so T cancels */
 }
 

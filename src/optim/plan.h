@@ -19,7 +19,7 @@ typedef enum plan_kind { PLAN_MATRICES, PLAN_FLAT } plan_kind;
 typedef struct wave {
     plan_kind kind;
     bool packed;            /* gradients are copied to the pack arena before they are sent */
-    int64_t rows, cols;     /* of every slot's view; flat: [1, slot] */
+    int64_t rows, cols;     /* of every slot's view, up to transposition; flat: [1, slot] */
     size_t slot;            /* elements */
     size_t first_slot;      /* its world_size entries in plan.slots */
     size_t first_view;      /* lowest view in it; flat: not used */
@@ -68,8 +68,9 @@ typedef struct plan {
     size_t flat_elements, flat_shard;
 
     /* arenas, elements a rank */
-    size_t pack_elements, matrix_elements, owned_elements, exchange_elements, largest_unpacked;
-    size_t reduce_slots, gather_slots; /* parts of the longest bucket and batch */
+    size_t pack_elements, matrix_elements, owned_elements, largest_unpacked;
+    size_t scratch_elements, gather_elements; /* the exchange arena is first this, then that */
+    size_t reduce_slots, gather_slots;        /* parts of the longest bucket and batch */
     /* a step, bytes a rank */
     size_t bytes_reduced, bytes_gathered, bytes_packed, bytes_padded;
     double imbalance; /* largest / mean Newton-Schulz cost over the ranks; 1 without matrices */

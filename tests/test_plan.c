@@ -1,0 +1,410 @@
+/* Plan and schedule as data: what must hold of them for any tensors and any number of ranks. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "config.h"
+#include "optim/schedule.h"
+#include "step_rig.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <cmocka.h>
+
+static const int world_sizes[] = {1, 2, 3, 4, 7, 64};
+enum { WORLD_SIZES = sizeof world_sizes / sizeof world_sizes[0] };
+
+typedef struct fixture {
+    muonshard_config *config;
+    const settings *settings;
+    registry registry;
+    plan plan;
+    schedule schedule;
+} fixture;
+
+static float somewhere;
+
+static void fixture_open(fixture *f, const rig_tensor *tensors, size_t count, const char *yaml,
+                         int ranks) {
+    error_text error = {""};
+    memset(f, 0, sizeof *f);
+    assert_int_equal(muonshard_config_create(&f->config), MUONSHARD_OK);
+    assert_int_equal(muonshard_config_load_string(f->config, yaml), MUONSHARD_OK);
+    f->settings = config_settings(f->config);
+    for (size_t i = 0; i < count; i++) {
+        muonshard_tensor_desc d = MUONSHARD_TENSOR_DESC_INIT;
+        d.name = tensors[i].name;
+        d.role = tensors[i].role;
+        d.form = tensors[i].form;
+        d.dims = tensors[i].dims;
+        memcpy(d.shape, tensors[i].shape, sizeof tensors[i].shape);
+        d.row_splits = tensors[i].splits;
+        d.row_split_count = tensors[i].split_count;
+        d.priority = tensors[i].priority;
+        d.param = &somewhere;
+        assert_int_equal(registry_add(&f->registry, f->settings, &d, NULL, &error), MUONSHARD_OK);
+    }
+    assert_int_equal(plan_make(&f->plan, &f->registry, f->settings, ranks, &error), MUONSHARD_OK);
+    assert_int_equal(schedule_make(&f->schedule, &f->plan, f->settings, &error), MUONSHARD_OK);
+}
+
+static void fixture_close(fixture *f) {
+    schedule_free(&f->schedule);
+    plan_free(&f->plan);
+    registry_free(&f->registry);
+    muonshard_config_destroy(f->config);
+}
+
+/* Cut small, so that there are many waves in a bucket and many batches. */
+static const char *const yamls[] = {"", "{bucket_bytes: 10000, batch_bytes: 5000}",
+                                    "{reduce: none}"};
+
+static void for_all(void (*check)(const fixture *f)) {
+    for (size_t y = 0; y < sizeof yamls / sizeof yamls[0]; y++)
+        for (int n = 0; n < WORLD_SIZES; n++) {
+            fixture f;
+            fixture_open(&f, rig_zoo, rig_zoo_count, yamls[y], world_sizes[n]);
+            check(&f);
+            fixture_close(&f);
+        }
+}
+
+static void check_views_placed_once(const fixture *f) {
+    const plan *p = &f->plan;
+    int *seen = calloc(f->registry.view_count, sizeof *seen);
+    for (size_t w = 0; w < p->wave_count; w++)
+        for (int r = 0; p->waves[w].kind == PLAN_MATRICES && r < p->world_size; r++) {
+            const size_t v = plan_slot_view(p, &p->waves[w], r);
+            if (v == PLAN_EMPTY_SLOT)
+                continue;
+            seen[v]++;
+            assert_int_equal(p->view_wave[v], w);
+            assert_int_equal(p->view_owner[v], r);
+            assert_int_equal(view_elements(&f->registry.views[v]), p->waves[w].slot);
+        }
+    for (size_t v = 0; v < f->registry.view_count; v++)
+        assert_int_equal(seen[v], 1);
+    free(seen);
+}
+
+static void test_every_view_has_one_owner(void **state) {
+    (void)state;
+    for_all(check_views_placed_once);
+}
+
+/* What makes sending from the caller's memory right: slot r starts r slots behind slot 0, in one
+ * tensor. */
+static void check_unpacked_is_contiguous(const fixture *f) {
+    const plan *p = &f->plan;
+    for (size_t w = 0; w < p->wave_count; w++) {
+        const wave *a = &p->waves[w];
+        for (int r = 0; !a->packed && r < p->world_size; r++) {
+            assert_int_not_equal(plan_slot_view(p, a, r), PLAN_EMPTY_SLOT);
+            const view *first = &f->registry.views[a->first_view];
+            const view *v = &f->registry.views[plan_slot_view(p, a, r)];
+            assert_int_equal(v->tensor, first->tensor);
+            assert_int_equal(v->offset, first->offset + (size_t)r * a->slot);
+        }
+    }
+}
+
+static void test_unpacked_waves_are_contiguous(void **state) {
+    (void)state;
+    for_all(check_unpacked_is_contiguous);
+}
+
+typedef struct range {
+    size_t start, end;
+} range;
+
+static int by_start(const void *a, const void *b) {
+    const range *x = a, *y = b;
+    return x->start < y->start ? -1 : x->start > y->start;
+}
+
+static void assert_disjoint(range *ranges, size_t count, size_t limit) {
+    qsort(ranges, count, sizeof *ranges, by_start);
+    for (size_t i = 0; i < count; i++) {
+        assert_true(ranges[i].end <= limit);
+        if (i)
+            assert_true(ranges[i - 1].end <= ranges[i].start);
+    }
+}
+
+static void check_arenas(const fixture *f) {
+    const plan *p = &f->plan;
+    const size_t n = (size_t)p->world_size;
+    range *owned = calloc(p->wave_count, sizeof *owned),
+          *pack = calloc(p->wave_count, sizeof *pack);
+    range *scratch = calloc(p->wave_count, sizeof *scratch);
+    size_t packed = 0;
+    const bool reduce = f->settings->reduce != REDUCE_NONE;
+    for (size_t i = 0; i < p->wave_count; i++) {
+        const wave *w = &p->waves[i];
+        owned[i] = (range){w->owned_offset, w->owned_offset + w->slot};
+        scratch[i] = (range){w->exchange_offset, w->exchange_offset + n * w->slot};
+        if (w->packed && reduce)
+            pack[packed++] = (range){w->pack_offset, w->pack_offset + n * w->slot};
+        if (w->kind == PLAN_MATRICES)
+            assert_true(owned[i].end <= p->matrix_elements);
+    }
+    assert_disjoint(owned, p->wave_count, p->owned_elements);
+    assert_disjoint(pack, packed, p->pack_elements);
+    if (reduce)
+        assert_disjoint(scratch, p->wave_count, p->scratch_elements);
+    free(owned);
+    free(pack);
+    free(scratch);
+}
+
+static void test_arenas_do_not_overlap(void **state) {
+    (void)state;
+    for_all(check_arenas);
+}
+
+/* While batch b is applied, batch b+1 is gathered: their buffers must be apart. */
+static void check_gather_buffers(const fixture *f) {
+    const plan *p = &f->plan;
+    const size_t n = (size_t)p->world_size;
+    size_t next = 0;
+    for (size_t b = 0; b < p->batch_count; b++) {
+        assert_int_equal(p->batches[b].first, next);
+        next += p->batches[b].count;
+        range *ranges = calloc(p->wave_count, sizeof *ranges);
+        size_t count = 0;
+        for (size_t i = p->batches[b].first; i < p->wave_count; i++) {
+            if (b + 1 >= p->batch_count ? i >= next : i >= next + p->batches[b + 1].count)
+                break;
+            const wave *w = &p->waves[i];
+            ranges[count++] = (range){w->gather_offset, w->gather_offset + n * w->slot};
+        }
+        assert_disjoint(ranges, count, p->gather_elements);
+        free(ranges);
+    }
+    assert_int_equal(next, p->wave_count);
+}
+
+static void test_two_gathers_fit_side_by_side(void **state) {
+    (void)state;
+    for_all(check_gather_buffers);
+}
+
+static void check_batches_have_one_shape(const fixture *f) {
+    const plan *p = &f->plan;
+    for (size_t b = 0; b < p->batch_count; b++)
+        for (size_t i = 0; i < p->batches[b].count; i++) {
+            const wave *w = &p->waves[p->batches[b].first + i];
+            assert_int_equal(w->kind, p->batches[b].kind);
+            assert_true(p->batches[b].m <= p->batches[b].n);
+            assert_true((w->rows == p->batches[b].m && w->cols == p->batches[b].n) ||
+                        (w->cols == p->batches[b].m && w->rows == p->batches[b].n));
+        }
+}
+
+static void test_batches_have_one_oriented_shape(void **state) {
+    (void)state;
+    for_all(check_batches_have_one_shape);
+}
+
+/* Every operation's inputs are there when it runs, by the order of its stream or by waits_on. */
+static void check_schedule(const fixture *f) {
+    const plan *p = &f->plan;
+    const schedule *s = &f->schedule;
+    const bool reduce = f->settings->reduce != REDUCE_NONE;
+    int *reduced = calloc(p->bucket_count + 1, sizeof *reduced);
+    int *measured = calloc(p->bucket_count + 1, sizeof *measured);
+    int *stage = calloc(p->batch_count + 1, sizeof *stage);
+    int *gather = calloc(p->batch_count + 1, sizeof *gather);
+    int agree = -1, resolve = -1;
+    for (int i = 0; i < (int)s->count; i++) {
+        const op *o = &s->ops[i];
+        assert_true(o->waits_on < i);
+        if (o->waits_on != OP_NONE && reduce)
+            assert_int_not_equal(s->ops[o->waits_on].stream, o->stream);
+        switch (o->kind) {
+        case OP_TAKE:
+            assert_false(reduce);
+            reduced[o->index] = 1;
+            break;
+        case OP_PACK: assert_true(p->buckets[o->index].packed); break;
+        case OP_REDUCE_SCATTER:
+            assert_true(reduce);
+            if (p->buckets[o->index].packed) {
+                assert_int_equal(o->waits_on, i - 1);
+                assert_int_equal(s->ops[i - 1].kind, OP_PACK);
+                assert_int_equal(s->ops[i - 1].index, o->index);
+            }
+            reduced[o->index]++;
+            break;
+        case OP_MEASURE:
+            assert_int_equal(reduced[o->index], 1);
+            if (reduce) {
+                assert_int_equal(s->ops[o->waits_on].kind, OP_REDUCE_SCATTER);
+                assert_int_equal(s->ops[o->waits_on].index, o->index);
+            }
+            measured[o->index]++;
+            break;
+        case OP_AGREE:
+            agree = i;
+            for (size_t b = 0; b < p->bucket_count; b++)
+                assert_int_equal(measured[b], 1);
+            if (p->bucket_count)
+                assert_int_equal(o->waits_on, i - 1);
+            break;
+        case OP_RESOLVE:
+            resolve = i;
+            assert_int_equal(o->waits_on, agree);
+            break;
+        case OP_MOMENTUM:
+        case OP_ADAM:
+            assert_true(resolve >= 0);
+            assert_int_equal(stage[o->index], 0);
+            stage[o->index] = o->kind == OP_ADAM ? 2 : 1;
+            break;
+        case OP_ORTHOGONALIZE:
+            assert_int_equal(stage[o->index], 1);
+            stage[o->index] = 2;
+            break;
+        case OP_ALL_GATHER:
+            assert_int_equal(stage[o->index], 2);
+            assert_int_equal(s->ops[o->waits_on].index, o->index);
+            if (o->index >= 2) /* its buffer was applied */
+                assert_int_equal(stage[o->index - 2], 4);
+            stage[o->index] = 3;
+            gather[o->index] = i;
+            break;
+        case OP_APPLY:
+            assert_int_equal(stage[o->index], 3);
+            assert_int_equal(o->waits_on, gather[o->index]);
+            stage[o->index] = 4;
+            break;
+        default: fail_msg("unknown operation");
+        }
+    }
+    for (size_t b = 0; b < p->batch_count; b++)
+        assert_int_equal(stage[b], 4);
+    free(reduced);
+    free(measured);
+    free(stage);
+    free(gather);
+}
+
+static void test_schedule_orders_what_depends(void **state) {
+    (void)state;
+    for_all(check_schedule);
+}
+
+static void test_round_robin_of_a_stack(void **state) {
+    (void)state;
+    const rig_tensor stack = {RIG_TENSOR("stack", MUONSHARD_ROLE_MATRIX, 3, 10, 8, 8)};
+    for (int n = 0; n < WORLD_SIZES; n++) {
+        fixture f;
+        fixture_open(&f, &stack, 1, "", world_sizes[n]);
+        for (size_t v = 0; v < 10; v++)
+            assert_int_equal(f.plan.view_owner[v], v % (size_t)world_sizes[n]);
+        fixture_close(&f);
+    }
+}
+
+/* Matrices registered one by one go round the ranks as well, packed. */
+static void test_round_robin_of_single_matrices(void **state) {
+    (void)state;
+    rig_tensor tensors[9];
+    char names[9][8];
+    for (size_t i = 0; i < 9; i++) {
+        snprintf(names[i], sizeof names[i], "w%zu", i);
+        tensors[i] = (rig_tensor){RIG_TENSOR(names[i], MUONSHARD_ROLE_MATRIX, 2, 8, 8)};
+    }
+    fixture f;
+    fixture_open(&f, tensors, 9, "", 4);
+    for (size_t v = 0; v < 9; v++)
+        assert_int_equal(f.plan.view_owner[v], v % 4);
+    assert_int_equal(f.plan.wave_count, 3);
+    assert_int_equal(f.plan.bytes_packed, 9 * 64 * 4);
+    assert_int_equal(f.plan.bytes_padded, 3 * 64 * 4);
+    fixture_close(&f);
+}
+
+static void test_reductions_run_backwards_unless_priorities_say(void **state) {
+    (void)state;
+    const rig_tensor tensors[] = {
+        {RIG_TENSOR("a", MUONSHARD_ROLE_MATRIX, 3, 4, 8, 8)},
+        {RIG_TENSOR("b", MUONSHARD_ROLE_MATRIX, 3, 4, 8, 16)},
+        {RIG_TENSOR("c", MUONSHARD_ROLE_MATRIX, 3, 2, 4, 8), .priority = 1},
+        {RIG_TENSOR("d", MUONSHARD_ROLE_MATRIX, 3, 2, 4, 4), .priority = -1}};
+    fixture f;
+    fixture_open(&f, tensors, 4, "", 2);
+    static const int tensor_of[] = {3, 1, 1, 0, 0, 2};
+    static const size_t entry_of[] = {0, 2, 0, 2, 0, 0};
+    assert_int_equal(f.plan.wave_count, 6);
+    for (size_t i = 0; i < 6; i++) {
+        const wave *w = &f.plan.waves[f.plan.reduce_order[i]];
+        assert_int_equal(w->first_tensor, tensor_of[i]);
+        assert_int_equal(f.registry.views[w->first_view].entry, entry_of[i]);
+    }
+    fixture_close(&f);
+}
+
+static void test_flat_shards_are_whole_chunks(void **state) {
+    (void)state;
+    for (int n = 0; n < WORLD_SIZES; n++) {
+        fixture f;
+        fixture_open(&f, rig_zoo, rig_zoo_count, "", world_sizes[n]);
+        assert_int_equal(f.plan.flat_elements, 97 * 24 + 24 + 70001);
+        assert_int_equal(f.plan.flat_shard % PLAN_FLAT_CHUNK, 0);
+        assert_true(f.plan.flat_shard * (size_t)world_sizes[n] >= f.plan.flat_elements);
+        fixture_close(&f);
+    }
+}
+
+static void test_hash_tells_plans_apart(void **state) {
+    (void)state;
+    fixture a, b, c, d;
+    fixture_open(&a, rig_zoo, rig_zoo_count, "", 2);
+    fixture_open(&b, rig_zoo, rig_zoo_count, "", 2);
+    fixture_open(&c, rig_zoo, rig_zoo_count, "", 3);
+    fixture_open(&d, rig_zoo, rig_zoo_count, "{batch_bytes: 5000}", 2);
+    assert_true(plan_hash(&a.plan) == plan_hash(&b.plan));
+    assert_true(plan_hash(&a.plan) != plan_hash(&c.plan));
+    assert_true(plan_hash(&a.plan) != plan_hash(&d.plan));
+    assert_true(schedule_hash(&a.schedule) == schedule_hash(&b.schedule));
+    assert_true(schedule_hash(&a.schedule) != schedule_hash(&d.schedule));
+    fixture_close(&a);
+    fixture_close(&b);
+    fixture_close(&c);
+    fixture_close(&d);
+}
+
+static void test_nothing_and_little(void **state) {
+    (void)state;
+    const rig_tensor one = {RIG_TENSOR("one", MUONSHARD_ROLE_MATRIX, 2, 3, 5)};
+    for (int n = 0; n < WORLD_SIZES; n++) {
+        fixture f;
+        fixture_open(&f, NULL, 0, "", world_sizes[n]);
+        assert_int_equal(f.plan.wave_count, 0);
+        check_schedule(&f);
+        fixture_close(&f);
+        fixture_open(&f, &one, 1, "", world_sizes[n]);
+        assert_int_equal(f.plan.wave_count, 1);
+        check_views_placed_once(&f);
+        check_schedule(&f);
+        fixture_close(&f);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_view_has_one_owner),
+        cmocka_unit_test(test_unpacked_waves_are_contiguous),
+        cmocka_unit_test(test_arenas_do_not_overlap),
+        cmocka_unit_test(test_two_gathers_fit_side_by_side),
+        cmocka_unit_test(test_batches_have_one_oriented_shape),
+        cmocka_unit_test(test_schedule_orders_what_depends),
+        cmocka_unit_test(test_round_robin_of_a_stack),
+        cmocka_unit_test(test_round_robin_of_single_matrices),
+        cmocka_unit_test(test_reductions_run_backwards_unless_priorities_say),
+        cmocka_unit_test(test_flat_shards_are_whole_chunks),
+        cmocka_unit_test(test_hash_tells_plans_apart),
+        cmocka_unit_test(test_nothing_and_little),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,128 @@
+/* What the tracer says ran is what the schedule says: every operation of every step, in an order
+ * that was possible. */
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include "comm_threads.h"
+#include "optim/optimizer.h"
+#include "step_rig.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <cmocka.h>
+
+enum { RANKS = 2, STEPS = 3 };
+
+typedef struct traced {
+    char yaml[256];
+    char labels[RANKS][256][48];
+    int streams[RANKS][256], waits_on[RANKS][256];
+    size_t count[RANKS];
+    muonshard_status status[RANKS];
+} traced;
+
+static void run(muonshard_comm *comm, void *arg) {
+    traced *t = arg;
+    const int rank = muonshard_comm_rank(comm);
+    const rig_case setup = {
+        .tensors = rig_zoo, .count = rig_zoo_count, .yaml = t->yaml, .overlap = RIG_READY_BACKWARD};
+    rig r;
+    rig_open(&r, comm, &setup);
+    const schedule *s = &r.optimizer->schedule;
+    t->count[rank] = s->count;
+    for (size_t i = 0; i < s->count && i < 256; i++) {
+        op_label(&s->ops[i], t->labels[rank][i], sizeof t->labels[rank][i]);
+        t->streams[rank][i] = (int)s->ops[i].stream;
+        t->waits_on[rank][i] = s->ops[i].waits_on;
+    }
+    for (int i = 0; i < STEPS; i++) {
+        rig_gradients(&r);
+        rig_step(&r);
+    }
+    t->status[rank] = r.status;
+    rig_close(&r);
+}
+
+static void check_file(const traced *t, int rank, const char *path) {
+    json_error_t error;
+    json_t *events = json_load_file(path, 0, &error);
+    if (!events)
+        fail_msg("%s: %s", path, error.text);
+    double *start = calloc(t->count[rank], sizeof *start),
+           *end = calloc(t->count[rank], sizeof *end);
+    for (int step = 1; step <= STEPS; step++) {
+        size_t found = 0;
+        for (size_t e = 0; e < json_array_size(events); e++) {
+            const json_t *event = json_array_get(events, e);
+            const json_t *at = json_object_get(json_object_get(event, "args"), "step");
+            if (json_integer_value(at) != step)
+                continue;
+            const char *name = json_string_value(json_object_get(event, "name"));
+            size_t i = 0;
+            while (i < t->count[rank] && strcmp(name, t->labels[rank][i]) != 0)
+                i++;
+            assert_true(i < t->count[rank]);
+            assert_int_equal(json_integer_value(json_object_get(event, "pid")), rank);
+            assert_int_equal(json_integer_value(json_object_get(event, "tid")),
+                             t->streams[rank][i]);
+            start[i] = json_number_value(json_object_get(event, "ts"));
+            end[i] = start[i] + json_number_value(json_object_get(event, "dur"));
+            assert_true(end[i] >= start[i]);
+            found++;
+        }
+        assert_int_equal(found, t->count[rank]);
+        for (size_t i = 0; i < t->count[rank]; i++)
+            if (t->waits_on[rank][i] >= 0)
+                assert_true(start[i] + 0.01 >= end[t->waits_on[rank][i]]);
+    }
+    free(start);
+    free(end);
+    json_decref(events);
+}
+
+static void test_trace_is_the_schedule(void **state) {
+    (void)state;
+    char directory[] = "/tmp/muonshard_trace_XXXXXX";
+    assert_non_null(mkdtemp(directory));
+    traced t = {.count = {0}};
+    snprintf(t.yaml, sizeof t.yaml, "{trace: %s/%%r.json, bucket_bytes: 9000, batch_bytes: 9000}",
+             directory);
+    assert_int_equal(threads_run(RANKS, run, &t), MUONSHARD_OK);
+    for (int r = 0; r < RANKS; r++) {
+        char path[128];
+        assert_int_equal(t.status[r], MUONSHARD_OK);
+        assert_in_range(t.count[r], 20, 255);
+        snprintf(path, sizeof path, "%s/%d.json", directory, r);
+        check_file(&t, r, path);
+        unlink(path);
+    }
+    rmdir(directory);
+}
+
+static void run_unwritable(muonshard_comm *comm, void *arg) {
+    traced *t = arg;
+    const rig_case setup = {.tensors = rig_zoo, .count = 1, .yaml = "trace: /nonexistent/x.json"};
+    rig r;
+    rig_open(&r, comm, &setup);
+    t->status[muonshard_comm_rank(comm)] =
+        strstr(r.message, "/nonexistent/x.json") ? r.status : MUONSHARD_OK;
+    rig_close(&r);
+}
+
+static void test_a_trace_that_cannot_be_opened_is_an_error(void **state) {
+    (void)state;
+    traced t = {.count = {0}};
+    assert_int_equal(threads_run(RANKS, run_unwritable, &t), MUONSHARD_OK);
+    for (int r = 0; r < RANKS; r++)
+        assert_int_equal(t.status[r], MUONSHARD_ERR_IO);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_trace_is_the_schedule),
+        cmocka_unit_test(test_a_trace_that_cannot_be_opened_is_an_error),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
