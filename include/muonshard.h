@@ -134,6 +134,9 @@ MUONSHARD_API int muonshard_comm_size(const muonshard_comm *comm);
 /* The last error of a communicator or of a call that failed to make a handle on it. Valid until the
  * next call. */
 MUONSHARD_API const char *muonshard_comm_last_error(const muonshard_comm *comm);
+/* Another deadline for waits outside muonshard_step, for example once start-up is over. Local.
+ * ERR_ARGUMENT: not > 0. */
+MUONSHARD_API muonshard_status muonshard_comm_set_timeout(muonshard_comm *comm, double timeout_s);
 /* Makes a local status everybody's: all ranks return the lowest failing rank's status, and
  * muonshard_comm_last_error its message. `message` may be NULL. Collective. */
 MUONSHARD_API muonshard_status muonshard_comm_agree(muonshard_comm *comm, muonshard_status status,

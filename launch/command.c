@@ -143,14 +143,22 @@ void command_args_free(command_args *args) {
     *args = (command_args){0};
 }
 
-bool command_wants_help(int argc, char **argv) {
+#define HELP_MARKDOWN "--help=markdown"
+
+static bool is_given(int argc, char **argv, const char *word) {
     for (int i = 1; i < argc && strcmp(argv[i], "--"); i++)
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h"))
+        if (!strcmp(argv[i], word))
             return true;
     return false;
 }
 
-static muonshard_status print_keys(const muonshard_param *table, size_t count) {
+bool command_wants_help(int argc, char **argv) {
+    return is_given(argc, argv, "--help") || is_given(argc, argv, "-h") ||
+           is_given(argc, argv, HELP_MARKDOWN);
+}
+
+static muonshard_status print_keys(const muonshard_param *table, size_t count,
+                                   muonshard_text_format format) {
     muonshard_config *config = NULL;
     char *text = NULL;
     /* The table's values land here; none is larger than 16 bytes. */
@@ -162,11 +170,12 @@ static muonshard_status print_keys(const muonshard_param *table, size_t count) {
     if (status == MUONSHARD_OK && table)
         status = muonshard_config_add_table(config, table, count, values);
     if (status == MUONSHARD_OK) {
-        size_t size = muonshard_config_help(config, MUONSHARD_TEXT_PLAIN, NULL, 0) + 1;
+        size_t size = muonshard_config_help(config, format, NULL, 0) + 1;
         text = malloc(size);
         if (text) {
-            muonshard_config_help(config, MUONSHARD_TEXT_PLAIN, text, size);
-            printf("\nKeys of the config, or key=value:\n%s", text);
+            muonshard_config_help(config, format, text, size);
+            printf("\nKeys of the config, or key=value:\n%s%s",
+                   format == MUONSHARD_TEXT_MARKDOWN ? "\n" : "", text);
         } else {
             status = MUONSHARD_ERR_MEMORY;
         }
@@ -180,8 +189,14 @@ static muonshard_status print_keys(const muonshard_param *table, size_t count) {
     return status;
 }
 
-int command_help(const command_usage *usage, const muonshard_param *table, size_t count) {
-    printf("usage: muonshard %s %s\n\n%s\n", usage->name, usage->synopsis, usage->doc);
+int command_help(const command_usage *usage, int argc, char **argv, const muonshard_param *table,
+                 size_t count) {
+    const bool markdown = is_given(argc, argv, HELP_MARKDOWN);
+    if (markdown)
+        printf("# muonshard %s\n\n    muonshard %s %s\n\n%s\n", usage->name, usage->name,
+               usage->synopsis, usage->doc);
+    else
+        printf("usage: muonshard %s %s\n\n%s\n", usage->name, usage->synopsis, usage->doc);
     if (usage->option_count)
         printf("\nOptions:\n");
     for (size_t i = 0; i < usage->option_count; i++) {
@@ -195,7 +210,8 @@ int command_help(const command_usage *usage, const muonshard_param *table, size_
     }
     muonshard_status status = MUONSHARD_OK;
     if (usage->overrides)
-        status = print_keys(table, count);
+        status =
+            print_keys(table, count, markdown ? MUONSHARD_TEXT_MARKDOWN : MUONSHARD_TEXT_PLAIN);
     return fflush(stdout) ? muonshard_mpi_exit_code(MUONSHARD_ERR_IO)
                           : muonshard_mpi_exit_code(status);
 }
@@ -277,6 +293,14 @@ static muonshard_status load(command *cmd, const char *path, const command_args 
     return status;
 }
 
+/* What the command exchanges between steps waits no longer than a step does. */
+static muonshard_status set_deadline(command *cmd) {
+    char text[64];
+    const muonshard_status status =
+        muonshard_config_get(cmd->config, "timeout", text, sizeof text, NULL);
+    return status ? status : muonshard_comm_set_timeout(cmd->comm, strtod(text, NULL));
+}
+
 muonshard_status command_configure(command *cmd, const char *path, const command_args *args,
                                    const muonshard_param *table, size_t count, void *values) {
     char message[COMMAND_MESSAGE] = "";
@@ -294,6 +318,8 @@ muonshard_status command_configure(command *cmd, const char *path, const command
     if (status != MUONSHARD_OK)
         return status;
     status = muonshard_config_broadcast(cmd->config, cmd->comm);
+    if (status == MUONSHARD_OK)
+        status = set_deadline(cmd);
     return command_told(cmd, status, "%s", muonshard_config_last_error(cmd->config));
 }
 

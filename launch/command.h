@@ -4,7 +4,7 @@
  *   int command_NAME(int argc, char **argv)              argv[0] is the subcommand's name
  *   {
  *       if (command_wants_help(argc, argv))
- *           return command_help(&usage, table, count);
+ *           return command_help(&usage, argc, argv, table, count);
  *       command cmd;
  *       command_args args = {0};
  *       muonshard_status status = command_start(&cmd, &usage, &args, argc, argv);
@@ -84,11 +84,12 @@ const char *command_option_value(const command_usage *usage, const command_args 
                                  const char *name);
 void command_args_free(command_args *args);
 
-/* "--help" or "-h" is among the arguments. */
+/* "--help", "-h" or "--help=markdown" is among the arguments. */
 bool command_wants_help(int argc, char **argv);
 /* Writes usage, options, and (if usage.overrides) the keys: the program's table, which may be NULL,
  * and the library's. Needs no MPI. Returns the exit code. */
-int command_help(const command_usage *usage, const muonshard_param *table, size_t count);
+int command_help(const command_usage *usage, int argc, char **argv, const muonshard_param *table,
+                 size_t count);
 
 /* ---- ranks, config, errors ---- */
 

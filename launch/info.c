@@ -45,7 +45,7 @@ static void print_blas(void) {
 
 int command_info(int argc, char **argv) {
     if (command_wants_help(argc, argv))
-        return command_help(&info_usage, NULL, 0);
+        return command_help(&info_usage, argc, argv, NULL, 0);
     char message[COMMAND_MESSAGE] = "";
     command cmd = {.usage = &info_usage, .size = 1};
     command_args args;

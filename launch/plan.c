@@ -195,7 +195,7 @@ static muonshard_status print_plans(const planner *p, bool with_schedule, char *
 
 int command_plan(int argc, char **argv) {
     if (command_wants_help(argc, argv))
-        return command_help(&usage, model_file_table, model_file_table_count);
+        return command_help(&usage, argc, argv, model_file_table, model_file_table_count);
     planner p = {0};
     command_args args = {0};
     char message[COMMAND_MESSAGE] = "";

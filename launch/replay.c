@@ -385,7 +385,7 @@ static void replay_free(replay *r) {
 
 int command_replay(int argc, char **argv) {
     if (command_wants_help(argc, argv))
-        return command_help(&replay_usage, replay_table,
+        return command_help(&replay_usage, argc, argv, replay_table,
                             sizeof replay_table / sizeof replay_table[0]);
     replay r = {0};
     muonshard_status status = command_start(&r.cmd, &replay_usage, &r.args, argc, argv);

@@ -269,7 +269,7 @@ static muonshard_status train(trainer *t) {
 
 int command_train(int argc, char **argv) {
     if (command_wants_help(argc, argv))
-        return command_help(&train_usage, train_table, train_table_count);
+        return command_help(&train_usage, argc, argv, train_table, train_table_count);
     trainer t = {0};
     command_args args = {0};
     muonshard_status status = command_start(&t.cmd, &train_usage, &args, argc, argv);

@@ -281,6 +281,15 @@ int muonshard_comm_size(const muonshard_comm *comm) {
     return comm ? comm->size : 0;
 }
 
+muonshard_status muonshard_comm_set_timeout(muonshard_comm *comm, double timeout_s) {
+    if (!comm)
+        return MUONSHARD_ERR_ARGUMENT;
+    FAIL_IF(!(timeout_s > 0.0) || isinf(timeout_s), &comm->error, MUONSHARD_ERR_ARGUMENT,
+            "a deadline of %g s; it has to be positive and finite", timeout_s);
+    comm->options.timeout_s = timeout_s;
+    return MUONSHARD_OK;
+}
+
 const char *muonshard_comm_last_error(const muonshard_comm *comm) {
     return comm ? comm->error.text : "communicator is NULL";
 }

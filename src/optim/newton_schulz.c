@@ -55,6 +55,8 @@ muonshard_status newton_schulz_compile(const settings *s, int64_t m, int64_t n, 
                                        error_text *error) {
     FAIL_IF(m < 1 || m > n, error, MUONSHARD_ERR_INTERNAL, "Newton-Schulz of %lld x %lld",
             (long long)m, (long long)n);
+    FAIL_IF(n > INT32_MAX, error, MUONSHARD_ERR_UNSUPPORTED,
+            "a matrix has a side of %lld; BLAS takes %d", (long long)n, INT32_MAX);
     FAIL_IF(s->ns_steps < 1 || s->ns_steps > NS_MAX_STEPS, error, MUONSHARD_ERR_CONFIG,
             "ns_steps is %lld; 1 to %d are allowed", (long long)s->ns_steps, NS_MAX_STEPS);
     const coefficient_table *table = &tables[s->coefficients];

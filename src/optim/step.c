@@ -213,7 +213,8 @@ static muonshard_status run_orthogonalize(muonshard_optimizer *o, const op *oper
                                 work->orthogonalize + i, at_once, o->memory.newton_schulz)));
         TRY(step_progress(o));
     }
-    o->stats.ns_flops += (double)work->owned * ns_program_flops(work->program, b->m, b->n);
+    if (!o->results[o->step % STEP_RESULTS].skipped)
+        o->stats.ns_flops += (double)work->owned * ns_program_flops(work->program, b->m, b->n);
     return MUONSHARD_OK;
 }
 

@@ -1,66 +1,79 @@
-/* Fits W [4, 24, 16] and b [24] to samples that are spread over the ranks: mpirun -n 2 ./consumer */
+/* mpirun -n 2 ./consumer CONFIG: fits W [4, 24, 16] and b [24] to targets spread over the ranks. */
+#include <inttypes.h>
 #include <math.h>
 #include <muonshard_mpi.h>
 #include <stdio.h>
 #include <string.h>
 
-enum { LAYERS = 4, ROWS = 24, COLS = 16, SAMPLES = 64, STEPS = 60 };
-static float W[LAYERS][ROWS][COLS], W_grad[LAYERS][ROWS][COLS], b[ROWS], b_grad[ROWS];
-static int rank, w_id;
-static muonshard_comm *comm;
-static muonshard_config *config;
-static muonshard_optimizer *opt;
+enum { LAYERS = 4, ROWS = 24, COLS = 16, STEPS = 100 };
+static struct model { float W[LAYERS][ROWS][COLS], b[ROWS]; } param, grad;
 
-/* The loss of layer l, mean over this rank's samples of |W[l] x + b - y|^2 / 2 where
- * y[i] = sin(i + l) sum(x) + 1; adds to the gradients. */
-static double layer(int l) {
+/* An error ends the job: a line on stderr, and an exit code of its own. */
+#define CHECK(call, text)                                                                          \
+    do {                                                                                           \
+        muonshard_status status_ = (call);                                                         \
+        if (status_ != MUONSHARD_OK)                                                               \
+            muonshard_mpi_abort(NULL, status_, text);                                              \
+    } while (0)
+
+/* Loss of layer l on this rank, |W[l] + b - target|^2 / 2; adds its gradients. */
+static double layer(int l, int rank) {
     double loss = 0.0;
-    for (int s = 0; s < SAMPLES; s++)
-        for (int i = 0; i < ROWS; i++) {
-            float x[COLS], error = b[i] - 1.0f;
-            for (int j = 0; j < COLS; j++) {
-                x[j] = sinf((float)((1 + j) * (1 + s + SAMPLES * rank)));
-                error += (W[l][i][j] - sinf((float)(i + l))) * x[j];
-            }
-            loss += error * error / (2.0 * SAMPLES);
-            b_grad[i] += error / SAMPLES;
-            for (int j = 0; j < COLS; j++)
-                W_grad[l][i][j] += error * x[j] / SAMPLES;
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLS; j++) {
+            float error = param.W[l][i][j] + param.b[i] - sinf((float)(l + i * j)) - (float)rank;
+            grad.W[l][i][j] += error;
+            grad.b[i] += error;
+            loss += 0.5 * error * error;
         }
     return loss;
 }
 
-/* Collective calls fail on all ranks with the same status and text: one of them tells it. */
-#define TRY(call, text)                                                                            \
-    do {                                                                                           \
-        muonshard_status status_ = (call);                                                         \
-        if (status_ != MUONSHARD_OK && rank == 0)                                                  \
-            fprintf(stderr, "consumer: %s\n", text);                                               \
-        if (status_ != MUONSHARD_OK)                                                               \
-            return status_;                                                                        \
-    } while (0)
+int main(int argc, char **argv) {
+    int rank, w_id;
+    muonshard_comm *comm;
+    muonshard_config *config;
+    muonshard_optimizer *opt;
+    MPI_Init(&argc, &argv);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    muonshard_comm_options options = MUONSHARD_COMM_OPTIONS_INIT;
+    options.on_fatal = muonshard_mpi_abort; /* a rank that is dead or stuck ends the job, too */
+    CHECK(muonshard_comm_create_mpi(MPI_COMM_WORLD, &options, &comm), "no communicator");
+    CHECK(muonshard_config_create(&config), "no memory for the config");
+    if (rank == 0) /* it reads; every rank gets its values */
+        CHECK(muonshard_config_load_file(config, argv[1]), muonshard_config_last_error(config));
+    CHECK(muonshard_config_broadcast(config, comm), muonshard_config_last_error(config));
+    CHECK(muonshard_create(comm, config, NULL, &opt), muonshard_comm_last_error(comm));
 
-static muonshard_status add_tensors(void) {
     muonshard_tensor_desc w = MUONSHARD_TENSOR_DESC_INIT, bias = MUONSHARD_TENSOR_DESC_INIT;
-    w.name = "W", w.role = MUONSHARD_ROLE_MATRIX, w.param = W, w.grad = W_grad;
+    w.name = "W", w.role = MUONSHARD_ROLE_MATRIX, w.param = param.W, w.grad = grad.W;
     w.dims = 3, w.shape[0] = LAYERS, w.shape[1] = ROWS, w.shape[2] = COLS;
-    bias.name = "b", bias.role = MUONSHARD_ROLE_ELEMENTWISE, bias.param = b, bias.grad = b_grad;
-    bias.dims = 1, bias.shape[0] = ROWS;
-    muonshard_status status = muonshard_add_tensor(opt, &w, &w_id);
-    return status == MUONSHARD_OK ? muonshard_add_tensor(opt, &bias, NULL) : status;
-}
-
-static muonshard_status set_up(const char *path) {
-    muonshard_status status = muonshard_config_create(&config);
-    if (status == MUONSHARD_OK && rank == 0)
-        status = muonshard_config_load_file(config, path);
-    TRY(muonshard_comm_agree(comm, status, muonshard_config_last_error(config)),
-        muonshard_comm_last_error(comm));
-    TRY(muonshard_config_broadcast(config, comm), muonshard_config_last_error(config));
-    TRY(muonshard_create(comm, config, NULL, &opt), muonshard_comm_last_error(comm));
-    status = add_tensors();
-    TRY(muonshard_comm_agree(comm, status, muonshard_last_error(opt)),
-        muonshard_comm_last_error(comm));
-    TRY(muonshard_commit(opt, MUONSHARD_SYNC_BROADCAST), muonshard_last_error(opt));
-    return MUONSHARD_OK;
+    bias.name = "b", bias.role = MUONSHARD_ROLE_ELEMENTWISE, bias.param = param.b;
+    bias.grad = grad.b, bias.dims = 1, bias.shape[0] = ROWS;
+    CHECK(muonshard_add_tensor(opt, &w, &w_id), muonshard_last_error(opt));
+    CHECK(muonshard_add_tensor(opt, &bias, NULL), muonshard_last_error(opt));
+    CHECK(muonshard_commit(opt, MUONSHARD_SYNC_BROADCAST), muonshard_last_error(opt));
+    muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
+    muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
+    for (int step = 1; step <= STEPS; step++) {
+        double loss = 0.0;
+        memset(&grad, 0, sizeof grad);
+        for (int l = LAYERS - 1; l >= 0; l--) { /* what is final travels under the rest */
+            loss += layer(l, rank);
+            CHECK(muonshard_grad_ready(opt, w_id, l, 1), muonshard_last_error(opt));
+        }
+        args.lr_factor = 1.0 - (step - 1.0) / STEPS;
+        CHECK(muonshard_step(opt, &args), muonshard_last_error(opt));
+        CHECK(muonshard_step_result(opt, 0, 1, &result), muonshard_last_error(opt));
+        printf("rank %d step %d: loss %.3f%s\n", rank, step, loss,
+               result.skipped ? " skipped" : "");
+    }
+    uint64_t hash = 0;
+    for (size_t i = 0; i < sizeof param; i++)
+        hash = (hash ^ ((const unsigned char *)&param)[i]) * 1099511628211u;
+    printf("rank %d: parameters %016" PRIx64 "\n", rank, hash);
+    muonshard_destroy(opt);
+    muonshard_config_destroy(config);
+    muonshard_comm_destroy(comm);
+    return MPI_Finalize();
 }

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The ABI: what the libraries export is what the headers declare, with a version on each; every declaration has its
+# comment; and nothing in the libraries ends the process, prints, or starts MPI.
+#   test_exports.sh LIBMUONSHARD LIBMUONSHARD_MPI SOURCE_DIR
+set -u
+
+core=$1 mpi=$2 include=$3/include
+export LC_ALL=C
+failures=0
+# same NAME EXPECTED FOUND
+same() {
+    local difference
+    if [ -n "$2" ] && difference=$(diff <(sort -u <<<"$2") <(sort -u <<<"$3")); then
+        echo "ok    $1"
+    else
+        failures=$((failures + 1))
+        printf 'FAIL  %s\n%s\n' "$1" "$difference"
+    fi
+}
+
+# declared VERSION_NODE HEADER: the functions of a header as name@@VERSION_NODE
+declared() {
+    sed 's/^#.*//; s/[*]/ /g' "$2" | tr '\n' ' ' | grep -oE 'MUONSHARD_API [^;(]*\(' |
+        sed -E "s/.*[ ]([a-z_]+) *\($/\1@@$1/"
+}
+# exported LIBRARY: name@@VERSION_NODE of every symbol it defines; the nodes themselves (A) are left out
+exported() { nm -D --defined-only "$1" | awk '$2 != "A" { print $3 }'; }
+# imported LIBRARY: names it takes from others
+imported() { nm -D --undefined-only "$1" | awk '{ sub(/@.*/, "", $2); print $2 }'; }
+
+node=MUONSHARD_$(awk '/define MUONSHARD_VERSION_MAJOR/ { a = $3 } /define MUONSHARD_VERSION_MINOR/ { b = $3 }
+    END { print a "." b }' "$include/muonshard.h")
+private=$(imported "$mpi" | grep '^muonshard_private_' | sed 's/$/@@MUONSHARD_PRIVATE/')
+same "libmuonshard exports its header, and for libmuonshard_mpi what that takes" \
+    "$(declared "$node" "$include/muonshard.h")
+$private" "$(exported "$core")"
+same "libmuonshard_mpi exports its header" \
+    "$(declared "${node/MUONSHARD/MUONSHARD_MPI}" "$include/muonshard_mpi.h")" "$(exported "$mpi")"
+
+# none NAME LIBRARY PATTERN: it imports nothing of the kind
+none() {
+    local names
+    names=$(imported "$2")
+    [ -n "$names" ] || names="nothing: cannot be"
+    same "$1" none "$(grep -E "^($3|nothing: .*)$" <<<"$names" || echo none)"
+}
+ends='exit|_exit|_Exit|quick_exit|abort|__assert_fail|raise|kill'
+prints='printf|__printf_chk|vprintf|puts|putchar|perror|stdout|stderr'
+none "libmuonshard ends no process" "$core" "$ends"
+none "libmuonshard prints nothing" "$core" "$prints"
+none "libmuonshard sets no BLAS threads" "$core" 'openblas_set_.*|goto_set_.*|omp_set_.*'
+none "libmuonshard has no MPI and no CUDA in it" "$core" 'P?MPI_.*|cu[A-Z].*|cuda.*|nccl.*'
+none "libmuonshard_mpi ends no process but through MPI_Abort" "$mpi" "$ends"
+none "libmuonshard_mpi neither starts nor ends MPI" "$mpi" 'P?MPI_(Init|Init_thread|Finalize|Session_.*)'
+same "libmuonshard stands on" "libc.so.6 libm.so.6 libopenblas.so.0 libxxhash.so.0 libyaml-0.so.2" \
+    "$(objdump -p "$core" | awk '$1 == "NEEDED" { print $2 }' | sort | paste -sd' ')"
+
+# A declaration stands directly under the end of its comment, or under another declaration that shares it.
+uncommented() { # HEADER
+    awk '
+        /^MUONSHARD_API/ && !covered { print FILENAME ":" FNR ": " $0 }
+        { covered = /\*\/$/ || (/;$/ && (covered || open)) || (open && !/;$/) }
+        /^MUONSHARD_API/ { open = !/;$/; covered = 1 }
+        open && /;$/ { open = 0; covered = 1 }' "$1"
+}
+for header in "$include"/*.h; do
+    same "every function of ${header##*/} has its comment" none "$(uncommented "$header" | grep . || echo none)"
+done
+
+[ $failures -eq 0 ] || { echo "$failures failures"; exit 1; }
