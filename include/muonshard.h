@@ -129,6 +129,7 @@ muonshard_comm_create_callbacks(const muonshard_comm_callbacks *callbacks,
                                 const muonshard_comm_options *options, muonshard_comm **comm);
 /* For MPI see muonshard_mpi.h. */
 
+/* This rank, from 0, and the number of ranks. Local. */
 MUONSHARD_API int muonshard_comm_rank(const muonshard_comm *comm);
 MUONSHARD_API int muonshard_comm_size(const muonshard_comm *comm);
 /* The last error of a communicator or of a call that failed to make a handle on it. Valid until the
@@ -147,6 +148,13 @@ MUONSHARD_API muonshard_status muonshard_comm_broadcast(muonshard_comm *comm, vo
 /* recv [world_size, bytes] <- send [bytes] of every rank, host. Collective. */
 MUONSHARD_API muonshard_status muonshard_comm_allgather(muonshard_comm *comm, const void *send,
                                                         void *recv, size_t bytes);
+typedef enum muonshard_reduce_op { MUONSHARD_REDUCE_SUM, MUONSHARD_REDUCE_MAX } muonshard_reduce_op;
+
+/* `values` [count], fp64, host, in place: their sum (added in rank order: the same bits on every
+ * rank) or maximum over the ranks (NaN where a rank has NaN). For losses and counters, not for
+ * gradients. Collective. */
+MUONSHARD_API muonshard_status muonshard_comm_allreduce(muonshard_comm *comm, double *values,
+                                                        size_t count, muonshard_reduce_op op);
 /* Destroys what was created on it first. NULL is allowed. Local. */
 MUONSHARD_API void muonshard_comm_destroy(muonshard_comm *comm);
 
@@ -215,7 +223,9 @@ MUONSHARD_API size_t muonshard_config_dump(const muonshard_config *config, char 
 /* The tables as text or as a page: name, type, default, range, what it does; like snprintf. */
 MUONSHARD_API size_t muonshard_config_help(const muonshard_config *config,
                                            muonshard_text_format format, char *text, size_t size);
+/* The last error of a config; valid until the next call. Local. */
 MUONSHARD_API const char *muonshard_config_last_error(const muonshard_config *config);
+/* NULL is allowed. Local. */
 MUONSHARD_API void muonshard_config_destroy(muonshard_config *config);
 
 /* ---- optimizer: create, tensors, commit ---- */
@@ -422,6 +432,7 @@ typedef struct muonshard_stats_info {
 /* Local. ERR_ARGUMENT, ERR_STATE: before commit. */
 MUONSHARD_API muonshard_status muonshard_stats(const muonshard_optimizer *optimizer,
                                                muonshard_stats_info *stats);
+/* The last error of an optimizer; valid until the next call. Local. */
 MUONSHARD_API const char *muonshard_last_error(const muonshard_optimizer *optimizer);
 /* Finishes nothing and waits for nothing that could hang. NULL is allowed. Local. */
 MUONSHARD_API void muonshard_destroy(muonshard_optimizer *optimizer);

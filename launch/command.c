@@ -128,7 +128,9 @@ muonshard_status command_parse(const command_usage *usage, int argc, char **argv
 command_given command_option_given(const command_usage *usage, const command_args *args,
                                    const char *name) {
     size_t id = find_option(usage, name, strlen(name));
-    return id == SIZE_MAX || !args->options ? (command_given){0} : args->options[id];
+    if (id == SIZE_MAX || !args->options)
+        return (command_given){0};
+    return args->options[id];
 }
 
 const char *command_option_value(const command_usage *usage, const command_args *args,

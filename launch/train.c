@@ -34,7 +34,6 @@ typedef struct trainer {
     int micro_batches;      /* a step */
     size_t window;          /* context + 1 bytes */
     unsigned char *windows; /* [sequences, window], own */
-    double *gathered;       /* [ranks, 2], own */
     muonshard_status local; /* of this rank, on its way to all */
     char message[COMMAND_MESSAGE];
 } trainer;
@@ -63,8 +62,7 @@ static muonshard_status load_text(trainer *t) {
 static muonshard_status make_model(trainer *t, const gpt_shape *shape) {
     t->model = gpt_create(shape, t->sequences);
     t->windows = malloc((size_t)t->sequences * t->window);
-    t->gathered = malloc((size_t)t->cmd.size * 2 * sizeof *t->gathered);
-    if (t->model && t->windows && t->gathered) {
+    if (t->model && t->windows) {
         gpt_init(t->model, (uint64_t)t->settings.seed);
         return MUONSHARD_OK;
     }
@@ -150,17 +148,12 @@ static muonshard_status set_up(trainer *t) {
 
 /* Sum over all ranks, in rank order; and one rank's error becomes everybody's. Collective. */
 static muonshard_status sum_over_ranks(trainer *t, double *value) {
-    const double mine[2] = {*value, t->local == MUONSHARD_OK ? 0.0 : 1.0};
-    muonshard_status status = muonshard_comm_allgather(t->cmd.comm, mine, t->gathered, sizeof mine);
+    double sums[2] = {*value, t->local == MUONSHARD_OK ? 0.0 : 1.0};
+    muonshard_status status = muonshard_comm_allreduce(t->cmd.comm, sums, 2, MUONSHARD_REDUCE_SUM);
     if (status != MUONSHARD_OK)
         return command_told(&t->cmd, status, "%s", muonshard_comm_last_error(t->cmd.comm));
-    double failed = 0.0;
-    *value = 0.0;
-    for (int r = 0; r < t->cmd.size; r++) {
-        *value += t->gathered[2 * r];
-        failed += t->gathered[2 * r + 1];
-    }
-    return failed > 0.0 ? command_agree(&t->cmd, t->local, t->message) : MUONSHARD_OK;
+    *value = sums[0];
+    return sums[1] > 0.0 ? command_agree(&t->cmd, t->local, t->message) : MUONSHARD_OK;
 }
 
 /* In the last micro-batch: what has its final gradient can travel while the backward pass goes on.
@@ -285,6 +278,5 @@ int command_train(int argc, char **argv) {
     gpt_destroy(t.model);
     corpus_free(&t.text);
     free(t.windows);
-    free(t.gathered);
     return command_finish(&t.cmd, &args, status);
 }

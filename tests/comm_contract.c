@@ -504,6 +504,30 @@ static void agreement_inside(contract_run *run) {
     CHECK(run, comm_agree(comm, MUONSHARD_ERR_IO, NULL) == MUONSHARD_ERR_IO, "status");
 }
 
+/* Sums in rank order, which for these values is another number than in any other order. */
+static void allreduce(contract_run *run) {
+    muonshard_comm *comm = run->comm;
+    const double own = comm->rank == 0 ? 1e16 : comm->rank == 1 ? 1.0 : -1e16;
+    double values[3] = {own, (double)comm->rank, comm->rank == comm->size - 1 ? NAN : 1.0};
+    double sum = 1e16;
+    for (int r = 1; r < comm->size; r++)
+        sum += r == 1 ? 1.0 : -1e16;
+    double maxima[3];
+    memcpy(maxima, values, sizeof maxima);
+    CHECK_OK(run, muonshard_comm_allreduce(comm, values, 3, MUONSHARD_REDUCE_SUM));
+    CHECK(run, values[0] == sum, "sum is %g, want %g", values[0], sum);
+    CHECK(run, values[1] == comm->size * (comm->size - 1) / 2, "sum of ranks is %g", values[1]);
+    CHECK(run, isnan(values[2]), "NaN was lost in a sum");
+    CHECK_OK(run, muonshard_comm_allreduce(comm, maxima, 3, MUONSHARD_REDUCE_MAX));
+    CHECK(run, maxima[0] == 1e16, "maximum is %g", maxima[0]);
+    CHECK(run, maxima[1] == comm->size - 1, "maximum of ranks is %g", maxima[1]);
+    CHECK(run, isnan(maxima[2]), "NaN was lost in a maximum");
+    CHECK_OK(run, muonshard_comm_allreduce(comm, NULL, 0, MUONSHARD_REDUCE_SUM));
+    CHECK(run,
+          muonshard_comm_allreduce(comm, NULL, 1, MUONSHARD_REDUCE_SUM) == MUONSHARD_ERR_ARGUMENT,
+          "NULL was taken");
+}
+
 const contract_case contract_cases[CONTRACT_CASES] = {
     {"exchange", exchange},
     {"reduce_scatter", reduce_scatter},
@@ -518,6 +542,7 @@ const contract_case contract_cases[CONTRACT_CASES] = {
     {"test_never_waits", test_never_waits},
     {"done_stays_done", done_stays_done},
     {"public_calls", public_calls},
+    {"allreduce", allreduce},
     {"agreement", agreement},
     {"agreement_inside", agreement_inside},
 };

@@ -101,6 +101,8 @@ static int by_path(const void *a, const void *b) {
  * be trained on. */
 static void drop_repeats(sources *s) {
     size_t kept = 0;
+    if (!s->count)
+        return;
     qsort(s->items, s->count, sizeof *s->items, by_inode);
     for (size_t i = 0; i < s->count; i++) {
         if (kept && s->items[kept - 1].device == s->items[i].device &&

@@ -227,16 +227,20 @@ muonshard_status comm_broadcast(muonshard_comm *comm, void *data, size_t bytes, 
     return comm_run(comm, &request);
 }
 
+/* Where some ranks are in a collective already, a rank without memory can't stay away: it dies. */
+static muonshard_status no_memory(muonshard_comm *comm, const char *what) {
+    return comm_die(comm, MUONSHARD_ERR_MEMORY, "rank %d of %d (host %s): %s: out of memory",
+                    comm->rank, comm->size, comm->host, what);
+}
+
 /* One small all-gather; the text travels only when there is one. */
 static muonshard_status agree(muonshard_comm *comm, muonshard_status status, error_text *text) {
     if (comm->dead)
         return comm->dead;
     int32_t mine = status;
     int32_t *all = malloc((size_t)comm->size * sizeof *all);
-    if (!all) /* the others are on their way into the collective: no way back */
-        return comm_die(comm, MUONSHARD_ERR_MEMORY, "rank %d of %d (host %s): agreement: %s",
-                        comm->rank, comm->size, comm->host,
-                        muonshard_status_string(MUONSHARD_ERR_MEMORY));
+    if (!all)
+        return no_memory(comm, "agreement");
     muonshard_status sent = comm_allgather(comm, &mine, all, sizeof mine);
     int root = 0;
     while (!sent && root < comm->size && all[root] == MUONSHARD_OK)
@@ -326,4 +330,34 @@ muonshard_status muonshard_comm_allgather(muonshard_comm *comm, const void *send
             "all-gather: %s is NULL", send ? "recv" : "send");
     comm_mark(comm, 0, "all-gather");
     return leave(comm, comm_allgather(comm, send, recv, bytes));
+}
+
+muonshard_status muonshard_comm_allreduce(muonshard_comm *comm, double *values, size_t count,
+                                          muonshard_reduce_op op) {
+    if (!comm)
+        return MUONSHARD_ERR_ARGUMENT;
+    if (comm->dead)
+        return comm->dead;
+    FAIL_IF(!values && count, &comm->error, MUONSHARD_ERR_ARGUMENT, "all-reduce: values is NULL");
+    FAIL_IF(op != MUONSHARD_REDUCE_SUM && op != MUONSHARD_REDUCE_MAX, &comm->error,
+            MUONSHARD_ERR_ARGUMENT, "all-reduce: unknown operation %d", (int)op);
+    comm_mark(comm, 0, "all-reduce");
+    const size_t ranks = (size_t)comm->size;
+    double *all = calloc(ranks * count + 1, sizeof *all);
+    if (!all)
+        return leave(comm, no_memory(comm, "all-reduce"));
+    muonshard_status status = comm_allgather(comm, values, all, count * sizeof *values);
+    for (size_t i = 0; status == MUONSHARD_OK && i < count; i++) {
+        double outcome = all[i];
+        for (size_t r = 1; r < ranks; r++) {
+            const double x = all[r * count + i];
+            if (op == MUONSHARD_REDUCE_SUM)
+                outcome += x;
+            else if (x > outcome || isnan(x))
+                outcome = x;
+        }
+        values[i] = outcome;
+    }
+    free(all);
+    return leave(comm, status);
 }

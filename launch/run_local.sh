@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Starts N ranks of a command on this machine: run_local.sh N COMMAND [ARGUMENT...]
+# Ranks get cores and threads of their own as far as there are any. Settings of the environment:
+#   MUONSHARD_THREADS      BLAS threads of a rank (default: cores / N, at least 1)
+#   MUONSHARD_JOB_TIMEOUT  seconds after which the job is ended
+set -euo pipefail
+
+ranks=${1-}
+if [ $# -lt 2 ] || ! [[ $ranks =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: run_local.sh N COMMAND [ARGUMENT...]" >&2
+    exit 2
+fi
+shift
+
+# Cores, not hardware threads, of those this process may use; a container's share of time counts, too.
+cpus=$(nproc)
+cores=$(taskset -cp $$ | sed 's/.*: //' | tr ',' '\n' | awk -F- '{ for (i = $1; i <= $NF; i++) print i }' |
+    sed 's,.*,/sys/devices/system/cpu/cpu&/topology/thread_siblings_list,' | xargs cat 2>/dev/null | sort -u | wc -l) || cores=0
+[ "$cores" -gt 0 ] || cores=$cpus
+whole=$cores
+if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
+    share=$(((quota + period - 1) / period))
+    [ "$share" -ge "$cores" ] || cores=$share
+fi
+
+threads=${MUONSHARD_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}
+options=(--host "localhost:$ranks")
+if [ "$ranks" -gt "$cores" ]; then
+    binding="no binding, for there are fewer cores ($cores)"
+    options+=(--bind-to none --mca mpi_yield_when_idle 1)
+elif [ "$cores" -lt "$whole" ] || [ $((ranks * threads)) -gt "$cores" ]; then
+    binding="no binding"
+    options+=(--bind-to none)
+else
+    binding="bound to $threads core$([ "$threads" -eq 1 ] || echo s) each"
+    options+=(--map-by "slot:PE=$threads" --bind-to core)
+fi
+if [ -n "${MUONSHARD_JOB_TIMEOUT-}" ]; then
+    options+=(--timeout "$MUONSHARD_JOB_TIMEOUT")
+fi
+export MUONSHARD_THREADS=$threads OPENBLAS_NUM_THREADS=$threads
+if [ "$(id -u)" -eq 0 ]; then
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+echo "run_local.sh: $ranks rank$([ "$ranks" -eq 1 ] || echo s), $threads BLAS thread$([ "$threads" -eq 1 ] || echo s) each," \
+    "$binding" >&2
+exec mpirun -n "$ranks" "${options[@]}" "$@"
