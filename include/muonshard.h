@@ -293,12 +293,15 @@ typedef struct muonshard_tensor_desc {
     double lr_multiplier;    /* >= 0 */
     double decay_multiplier; /* >= 0 */
     int group;               /* index into muonshard_step_args.groups, >= 0 */
-    int priority; /* reduce-scatters run from low to high, then in reverse registration order */
+    /* Reduce-scatters run from low to high, then in reverse registration order; entry i of a stack
+     * has priority + i * priority_stride. With a stride of -1 for all stacks, layer by layer as a
+     * backward pass finishes them. */
+    int priority, priority_stride;
 } muonshard_tensor_desc;
 #define MUONSHARD_TENSOR_DESC_INIT                                                                 \
     {                                                                                              \
         sizeof(muonshard_tensor_desc), NULL, MUONSHARD_ROLE_UNSET, MUONSHARD_STACK, 0, {0}, NULL,  \
-            0, MUONSHARD_FP32, NULL, NULL, MUONSHARD_NULL_GRAD_ERROR, 1.0, 1.0, 0, 0               \
+            0, MUONSHARD_FP32, NULL, NULL, MUONSHARD_NULL_GRAD_ERROR, 1.0, 1.0, 0, 0, 0            \
     }
 
 /* Registers a tensor; `id` (may be NULL) gets its number, counted from 0. Every rank registers the

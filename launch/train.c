@@ -88,6 +88,7 @@ static muonshard_status add_tensors(trainer *t) {
             desc.row_splits = from->row_splits;
             desc.row_split_count = from->row_split_count;
         }
+        desc.priority_stride = -1; /* layer by layer, as the backward pass finishes them */
         desc.param = from->param;
         desc.grad = from->grad;
         desc.decay_multiplier = strstr(from->name, "norm") ? 0.0 : 1.0; /* gains do not decay */

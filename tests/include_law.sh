@@ -68,10 +68,10 @@ allowed() { # HEADER PATTERN...
     local header=$1 pattern
     shift
     for pattern in "$@"; do
+        # shellcheck disable=SC2254
         case $pattern in
         BASE) case $header in src/*/*) ;; src/*) return 0 ;; esac ;;
         SYSTEM) case $header in '<'*) reserved "$header" || return 0 ;; esac ;;
-        # shellcheck disable=SC2254
         *) case $header in $pattern) return 0 ;; esac ;;
         esac
     done

@@ -73,6 +73,7 @@ static void add(rig *r, size_t i) {
     d.row_splits = t->splits;
     d.row_split_count = t->split_count;
     d.priority = t->priority;
+    d.priority_stride = t->priority_stride;
     d.null_grad = t->null_grad;
     d.param = r->params[i];
     d.grad = r->grads[i];

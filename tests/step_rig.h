@@ -16,7 +16,7 @@ typedef struct rig_tensor {
     int64_t shape[4];
     size_t split_count;
     int64_t splits[4];
-    int priority;
+    int priority, priority_stride;
     muonshard_null_grad null_grad;
     muonshard_matrix_form form;
 } rig_tensor;

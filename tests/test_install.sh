@@ -81,6 +81,7 @@ for std in c++11 c++17 c++20; do
         succeeds "it runs" ./header_cpp
 done
 sed 's/muonshard.h/muonshard_mpi.h/' header.c >header_mpi.cpp
+# shellcheck disable=SC2046
 succeeds "muonshard_mpi.h as c++17" c++ -std=c++17 -DOMPI_SKIP_MPICXX -fsyntax-only \
     -Wall -Werror $(pkg-config --cflags muonshard_mpi) header_mpi.cpp
 

@@ -40,6 +40,7 @@ static void fixture_open(fixture *f, const rig_tensor *tensors, size_t count, co
         d.row_splits = tensors[i].splits;
         d.row_split_count = tensors[i].split_count;
         d.priority = tensors[i].priority;
+        d.priority_stride = tensors[i].priority_stride;
         d.param = &somewhere;
         assert_int_equal(registry_add(&f->registry, f->settings, &d, NULL, &error), MUONSHARD_OK);
     }
@@ -344,6 +345,26 @@ static void test_reductions_run_backwards_unless_priorities_say(void **state) {
     fixture_close(&f);
 }
 
+/* A stride of -1 over all stacks: the last layers of every stack, then the layers before. */
+static void test_priority_stride_goes_layer_by_layer(void **state) {
+    (void)state;
+    const rig_tensor tensors[] = {
+        {RIG_TENSOR("up", MUONSHARD_ROLE_MATRIX, 3, 6, 8, 4), .priority_stride = -1},
+        {RIG_TENSOR("down", MUONSHARD_ROLE_MATRIX, 3, 6, 4, 8), .priority_stride = -1},
+        {RIG_TENSOR("head", MUONSHARD_ROLE_MATRIX, 3, 2, 5, 5), .priority = -100}};
+    fixture f;
+    fixture_open(&f, tensors, 3, "", 2);
+    static const int tensor_of[] = {2, 1, 0, 1, 0, 1, 0};
+    static const int64_t entry_of[] = {0, 4, 4, 2, 2, 0, 0};
+    assert_int_equal(f.plan.wave_count, 7);
+    for (size_t i = 0; i < 7; i++) {
+        const wave *w = &f.plan.waves[f.plan.reduce_order[i]];
+        assert_int_equal(w->first_tensor, tensor_of[i]);
+        assert_int_equal(f.registry.views[w->first_view].entry, entry_of[i]);
+    }
+    fixture_close(&f);
+}
+
 static void test_flat_shards_are_whole_chunks(void **state) {
     (void)state;
     for (int n = 0; n < WORLD_SIZES; n++) {
@@ -402,6 +423,7 @@ int main(void) {
         cmocka_unit_test(test_round_robin_of_a_stack),
         cmocka_unit_test(test_round_robin_of_single_matrices),
         cmocka_unit_test(test_reductions_run_backwards_unless_priorities_say),
+        cmocka_unit_test(test_priority_stride_goes_layer_by_layer),
         cmocka_unit_test(test_flat_shards_are_whole_chunks),
         cmocka_unit_test(test_hash_tells_plans_apart),
         cmocka_unit_test(test_nothing_and_little),

@@ -221,6 +221,7 @@ muonshard_status muonshard_step(muonshard_optimizer *o, const muonshard_step_arg
     if (!o->open)
         step_begin(o);
     o->called = true;
+    o->began = now_s();
 
     muonshard_step_args a = MUONSHARD_STEP_ARGS_INIT;
     muonshard_status local = MUONSHARD_OK;

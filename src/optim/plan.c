@@ -24,7 +24,7 @@ static wave *new_wave(builder *b, const view *v) {
                 .first_slot = p->slot_count,
                 .first_view = SIZE_MAX,
                 .first_tensor = v->tensor,
-                .priority = INT32_MIN};
+                .priority = INT64_MIN};
     for (int rank = 0; rank < p->world_size; rank++)
         p->slots[p->slot_count++] = PLAN_EMPTY_SLOT;
     return w;
@@ -41,8 +41,9 @@ static void place(builder *b, wave *w, int rank, size_t view_index) {
         w->first_view = view_index;
         w->first_tensor = v->tensor;
     }
-    if (t->priority > w->priority)
-        w->priority = t->priority;
+    const int64_t priority = t->priority + v->entry * t->priority_stride;
+    if (priority > w->priority)
+        w->priority = priority;
 }
 
 /* Whole waves out of runs of equal consecutive views; what is left over is loose. */

@@ -24,7 +24,7 @@ typedef struct wave {
     size_t first_slot;      /* its world_size entries in plan.slots */
     size_t first_view;      /* lowest view in it; flat: not used */
     int first_tensor;       /* lowest tensor in it */
-    int priority;           /* highest in it */
+    int64_t priority;       /* highest in it */
     size_t pack_offset;     /* elements in the pack arena, [world_size, slot] */
     size_t owned_offset;    /* elements in the owned arena, [slot] */
     size_t exchange_offset; /* elements of reduce-scatter scratch in the exchange arena,

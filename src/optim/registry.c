@@ -139,7 +139,8 @@ muonshard_status registry_add(registry *r, const settings *s, const muonshard_te
                 .lr_multiplier = d->lr_multiplier,
                 .decay_multiplier = d->decay_multiplier,
                 .group = d->group,
-                .priority = d->priority};
+                .priority = d->priority,
+                .priority_stride = d->priority_stride};
     memcpy(t.shape, d->shape, (size_t)d->dims * sizeof d->shape[0]);
     set_matrix_shape(&t);
     muonshard_status status;
@@ -169,7 +170,8 @@ failed:
 uint64_t registry_tensor_hash(const registry *r, size_t id) {
     const tensor *t = &r->tensors[id];
     uint64_t h = XXH64(t->name, strlen(t->name), 0);
-    const int64_t facts[] = {t->role, t->form, t->dims, t->null_grad, t->group, t->priority};
+    const int64_t facts[] = {t->role,  t->form,     t->dims,           t->null_grad,
+                             t->group, t->priority, t->priority_stride};
     h = XXH64(facts, sizeof facts, h);
     h = XXH64(t->shape, (size_t)t->dims * sizeof t->shape[0], h);
     h = XXH64(t->row_splits, t->split_count * sizeof t->row_splits[0], h);

@@ -17,7 +17,7 @@ typedef struct tensor {
     const float *grad; /* borrowed, [elements] or NULL */
     muonshard_null_grad null_grad;
     double lr_multiplier, decay_multiplier;
-    int group, priority;
+    int group, priority, priority_stride;
 
     int64_t entries, rows, cols; /* as [entries, rows, cols]; element-wise: [1, 1, elements] */
     size_t elements;

@@ -353,7 +353,6 @@ void step_begin(muonshard_optimizer *o) {
     o->called = false;
     o->failed = false;
     o->step_status = MUONSHARD_OK;
-    o->began = now_s();
     memset(o->ready, 0, o->first_entry[o->registry.tensor_count]);
 }
 
