@@ -86,7 +86,8 @@ typedef enum muonshard_log_level {
 typedef void (*muonshard_log_fn)(void *user, muonshard_log_level level, const char *message);
 /* Called once, when a deadline expired or communication broke: the communicator and everything on
  * it are dead, and other ranks may be waiting. It may end the process (muonshard_mpi_abort does);
- * if it returns, the call that waited returns `status`. */
+ * if it returns, the call that waited returns `status`, and memory given to the library, gradients
+ * too, may still be read until the process ends. */
 typedef void (*muonshard_fatal_fn)(void *user, muonshard_status status, const char *message);
 
 typedef struct muonshard_comm_options {
@@ -306,7 +307,8 @@ typedef struct muonshard_tensor_desc {
 
 /* Registers a tensor; `id` (may be NULL) gets its number, counted from 0. Every rank registers the
  * same tensors in the same order. Local. ERR_STATE: after commit; ERR_ARGUMENT: name, role, shape,
- * splits, dtype or pointer. */
+ * splits, or a pointer that is NULL or overlaps another tensor's (tied weights are one tensor);
+ * ERR_UNSUPPORTED: dtype; ERR_MEMORY. */
 MUONSHARD_API muonshard_status muonshard_add_tensor(muonshard_optimizer *optimizer,
                                                     const muonshard_tensor_desc *tensor, int *id);
 /* Another gradient buffer from now on. Local. ERR_STATE: entries are already marked ready in this
@@ -322,7 +324,8 @@ typedef enum muonshard_sync_params {
 
 /* Plans ownership and schedule, allocates all workspace, compares tensors, plan and schedule over
  * the ranks. Collective; a local error is everybody's. ERR_MISMATCH names the first tensor that
- * differs and where; ERR_MEMORY. */
+ * differs and where; ERR_MEMORY; ERR_UNSUPPORTED: a matrix too large for BLAS; ERR_IO: the trace.
+ */
 MUONSHARD_API muonshard_status muonshard_commit(muonshard_optimizer *optimizer,
                                                 muonshard_sync_params sync_params);
 
@@ -335,12 +338,14 @@ MUONSHARD_API muonshard_status muonshard_commit(muonshard_optimizer *optimizer,
 #endif
 
 /* For tensors of group g, groups[g] goes before the values of the step, for matrices and
- * element-wise tensors alike. NaN: the step's value. */
+ * element-wise tensors alike. NaN (not 0): the step's value. */
 typedef struct muonshard_group_args {
     double lr;
     double momentum;
     double weight_decay;
 } muonshard_group_args;
+#define MUONSHARD_GROUP_ARGS_INIT                                                                  \
+    { MUONSHARD_NAN, MUONSHARD_NAN, MUONSHARD_NAN }
 
 /* NaN: as configured; adam_lr configured as auto follows this step's lr (times adam.lr_scale), and
  * adam_weight_decay likewise. AdamW's t counts the steps of the optimizer that were not skipped,
@@ -381,8 +386,9 @@ typedef struct muonshard_step_result_info {
 /* Entries [first, first+count) of a stack (a tensor that is no stack has one entry) hold their
  * final gradient: their reduce-scatter may start under the rest of the backward pass. They must not
  * change until the step returns. Optional: muonshard_step marks what is left. Local call; what it
- * starts is collective, in one order on all ranks. ERR_ARGUMENT: range, marked twice; ERR_STATE:
- * before commit, or a step is deferred and unfinished. */
+ * starts is collective, in one order on all ranks; ranks that mark in different orders use no other
+ * collective of this communicator until the step returns. ERR_ARGUMENT: range, marked twice;
+ * ERR_STATE: before commit, or a step is deferred and unfinished. */
 MUONSHARD_API muonshard_status muonshard_grad_ready(muonshard_optimizer *optimizer, int id,
                                                     int64_t first, int64_t count);
 /* One optimizer step, once per accumulated gradient. `args` may be NULL. Collective. A non-finite
@@ -437,7 +443,8 @@ MUONSHARD_API muonshard_status muonshard_stats(const muonshard_optimizer *optimi
                                                muonshard_stats_info *stats);
 /* The last error of an optimizer; valid until the next call. Local. */
 MUONSHARD_API const char *muonshard_last_error(const muonshard_optimizer *optimizer);
-/* Finishes nothing and waits for nothing that could hang. NULL is allowed. Local. */
+/* Waits for nothing. A step that was begun or deferred is finished with muonshard_step_result(wait)
+ * before, or its parameters stay as they are and other ranks wait. NULL is allowed. Local. */
 MUONSHARD_API void muonshard_destroy(muonshard_optimizer *optimizer);
 
 #ifdef __cplusplus

@@ -77,10 +77,9 @@ static muonshard_status load(planner *p, const char *path, const command_args *a
     status = model_file_parse(&p->model, message);
     if (status != MUONSHARD_OK)
         return status;
-    static float no_weights; /* the registry wants a pointer; a plan never follows it */
+    p->registry.weightless = true;
     for (size_t i = 0; i < p->model.tensor_count; i++) {
         error_text error;
-        p->model.tensors[i].param = &no_weights;
         status = registry_add(&p->registry, p->settings, &p->model.tensors[i], NULL, &error);
         if (status != MUONSHARD_OK)
             return message_fail(message, status, "%s: %s", path, error.text);

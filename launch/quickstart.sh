@@ -46,7 +46,7 @@ curve() {
 curves=$out/curves.tsv
 {
     printf 'step\tMuon'
-    printf '\tAdamW %s' $rates
+    printf '\tAdamW lr %s' $rates
     echo
     cut -f 1,2 <(curve muon) >"$out/.columns"
     for rate in $rates; do
@@ -63,13 +63,13 @@ awk -F '\t' '
     { row[++n] = $0 }
     END {
         printf "%6s", name[1]
-        for (i = 2; i <= NF; i++) printf "  %11s", name[i]
+        for (i = 2; i <= NF; i++) printf "  %13s", name[i]
         print ""
         every = int((n + 15) / 16)
         for (r = every; r <= n; r += every) {
             split(row[r], x)
             printf "%6d", x[1]
-            for (i = 2; i <= NF; i++) printf "  %11.4f", x[i]
+            for (i = 2; i <= NF; i++) printf "  %13.4f", x[i]
             print ""
         }
     }' $curves
@@ -94,16 +94,15 @@ echo "AdamW's best validation loss is $loss, at step $step of $steps ($(seconds 
 if [ "$muon_step" -gt 0 ]; then
     percent=$(awk "BEGIN { printf \"%.1f\", 100 * $muon_step / $step }")
     echo "Muon is there at step $muon_step ($(seconds muon "$muon_step")): $percent % of AdamW's steps. Its own best is $muon_loss."
-    mark="Muon is there at step $muon_step: $percent % of AdamW's steps"
+    mark="Muon is there at step $muon_step:\\n$percent % of AdamW's steps"
 else
     echo "Muon does not get there; its best is $muon_loss."
     mark="Muon does not get there"
 fi
 
-parameters=$(sed -nE '1s/.*"parameters":([0-9]+).*/\1/p' $out/muon.jsonl)
-text=$(sed -nE '1s/.*"text_bytes":([0-9]+).*/\1/p' $out/muon.jsonl)
-picture=$out/validation.svg
-gnuplot -e "curves='$curves'; picture='$picture'; best_column=$column; best=$loss; best_step=$step; muon_step=$muon_step" \
-    -e "mark='$mark'" -e "subject='GPT, $(awk "BEGIN { printf \"%.1f\", $parameters / 1e6 }") million parameters, $(awk "BEGIN { printf \"%.1f\", $text / 1e6 }") MB of text, $ranks ranks'" \
-    launch/plot_quickstart.gp
+subject=$(sed -nE '1s/.*"parameters":([0-9]+),"text_bytes":([0-9]+).*/\1 \2/p' $out/muon.jsonl |
+    awk -v ranks=$ranks '{ printf "GPT of %.1f million parameters, %.1f MB of text, %d ranks", $1 / 1e6, $2 / 1e6, ranks }')
+picture=$out/validation.png
+gnuplot -e "curves = '$curves'; picture = '$picture'; best_column = $column; best = $loss; muon_step = $muon_step" \
+    -e "mark = \"$mark\"; subject = '$subject'" launch/plot_quickstart.gp
 echo "Picture: $picture; logs: $out/*.jsonl; $((SECONDS - begin)) s in all"

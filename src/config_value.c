@@ -1,6 +1,7 @@
 #include "config_internal.h"
 
 #include <errno.h>
+#include <locale.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,12 +13,32 @@ typedef struct parsed_value {
     int index; /* BOOL, CHOICE */
 } parsed_value;
 
+/* A decimal point is a point in whatever locale the program runs. */
+static double read_real(const char *text, char **end) {
+    const locale_t own = newlocale(LC_NUMERIC_MASK, "C", (locale_t)0);
+    const locale_t before = uselocale(own); /* without memory for one: as it is */
+    const double value = strtod(text, end);
+    uselocale(before);
+    if (own)
+        freelocale(own);
+    return value;
+}
+
+static void write_real(double value, int digits, char *text, size_t size) {
+    const locale_t own = newlocale(LC_NUMERIC_MASK, "C", (locale_t)0);
+    const locale_t before = uselocale(own);
+    snprintf(text, size, "%.*g", digits, value);
+    uselocale(before);
+    if (own)
+        freelocale(own);
+}
+
 /* Narrower than strtod: no white space, no hexadecimal, no inf or nan. */
 static bool parse_real(const char *text, double *value) {
     if (!*text || text[strspn(text, "0123456789+-.eE")])
         return false;
     char *end;
-    *value = strtod(text, &end);
+    *value = read_real(text, &end);
     return !*end && isfinite(*value);
 }
 
@@ -123,8 +144,8 @@ void value_store(const muonshard_param *param, const char *text, void *target) {
 /* The shortest text that reads back as the same number. */
 static void print_real(double value, char *text, size_t size) {
     for (int digits = 6; digits <= 17; ++digits) {
-        snprintf(text, size, "%.*g", digits, value);
-        if (strtod(text, NULL) == value)
+        write_real(value, digits, text, size);
+        if (read_real(text, NULL) == value)
             break;
     }
 }

@@ -183,6 +183,10 @@ static void test_bad_tensors(void **state) {
         if (!strstr(muonshard_last_error(f->optimizer), part[i]))
             fail_msg("case %d: '%s'", i, muonshard_last_error(f->optimizer));
     }
+    muonshard_tensor_desc many = stack_desc(f); /* views whose bytes overflow size_t */
+    many.shape[0] = ((int64_t)1 << 59) + 1;
+    many.shape[1] = many.shape[2] = 1;
+    assert_int_equal(muonshard_add_tensor(f->optimizer, &many, NULL), MUONSHARD_ERR_MEMORY);
     const muonshard_tensor_desc good = stack_desc(f);
     int id = -1;
     assert_int_equal(muonshard_add_tensor(f->optimizer, &good, &id), MUONSHARD_OK);
@@ -345,6 +349,55 @@ static void test_the_library_is_a_quiet_guest(void **state) {
     assert_int_equal(openblas_get_num_threads(), threads);
 }
 
+/* The latest result while the next step is being marked ready is still the last step's. */
+static void test_result_while_gradients_come_in(void **state) {
+    fixture *f = *state;
+    muonshard_step_result_info r = MUONSHARD_STEP_RESULT_INIT;
+    assert_int_equal(muonshard_step(f->optimizer, NULL), MUONSHARD_OK);
+    assert_int_equal(muonshard_grad_ready(f->optimizer, 0, 0, 1), MUONSHARD_OK);
+    for (int wait = 0; wait < 2; wait++) {
+        assert_int_equal(muonshard_step_result(f->optimizer, 0, wait, &r), MUONSHARD_OK);
+        assert_int_equal(r.step, 1);
+        assert_int_equal(muonshard_step_result(f->optimizer, 2, wait, &r), MUONSHARD_ERR_ARGUMENT);
+    }
+}
+
+/* An error is no skip. */
+static void test_failed_steps_are_not_skipped_ones(void **state) {
+    fixture *f = *state;
+    muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
+    args.lr = -1.0;
+    assert_int_equal(muonshard_step(f->optimizer, &args), MUONSHARD_ERR_ARGUMENT);
+    muonshard_stats_info s = MUONSHARD_STATS_INIT;
+    assert_int_equal(muonshard_stats(f->optimizer, &s), MUONSHARD_OK);
+    assert_int_equal(s.steps, 1);
+    assert_int_equal(s.skipped, 0);
+}
+
+/* min(1, clip_norm / (norm + 1e-6)) where the 1e-6 counts; and what grad_scale makes overflow is
+ * as infinite as what was so before. */
+static void test_clip_factor_and_overflow(void **state) {
+    fixture *f = *state;
+    muonshard_optimizer *o = NULL;
+    muonshard_step_result_info r = MUONSHARD_STEP_RESULT_INIT;
+    assert_int_equal(muonshard_config_set(f->config, "clip_norm", "1e-6"), MUONSHARD_OK);
+    assert_int_equal(muonshard_create(f->comm, f->config, NULL, &o), MUONSHARD_OK);
+    muonshard_tensor_desc bias = bias_desc(f);
+    f->gb[2] = 2e-6F;
+    assert_int_equal(muonshard_add_tensor(o, &bias, NULL), MUONSHARD_OK);
+    assert_int_equal(muonshard_commit(o, MUONSHARD_SYNC_CHECK), MUONSHARD_OK);
+    assert_int_equal(muonshard_step(o, NULL), MUONSHARD_OK);
+    assert_int_equal(muonshard_step_result(o, 0, 0, &r), MUONSHARD_OK);
+    assert_true(fabs(r.clip_factor - 1.0 / 3.0) < 1e-6);
+    muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
+    args.grad_scale = 1e300;
+    const float before = f->b[2];
+    assert_int_equal(muonshard_step(o, &args), MUONSHARD_OK);
+    assert_int_equal(muonshard_step_result(o, 0, 0, &r), MUONSHARD_OK);
+    assert_true(r.skipped && r.count == 1 && f->b[2] == before);
+    muonshard_destroy(o);
+}
+
 int main(void) {
 #define CREATED(test)   cmocka_unit_test_setup_teardown(test, open_created, close_all)
 #define COMMITTED(test) cmocka_unit_test_setup_teardown(test, open_committed, close_all)
@@ -360,6 +413,9 @@ int main(void) {
         COMMITTED(test_results_are_kept_and_forgotten),
         COMMITTED(test_deferred_step),
         COMMITTED(test_stats_count),
+        COMMITTED(test_result_while_gradients_come_in),
+        COMMITTED(test_failed_steps_are_not_skipped_ones),
+        CREATED(test_clip_factor_and_overflow),
         cmocka_unit_test(test_the_library_is_a_quiet_guest),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,4 +1,5 @@
 /* Plan and schedule as data: what must hold of them for any tensors and any number of ranks. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,8 +22,6 @@ typedef struct fixture {
     schedule schedule;
 } fixture;
 
-static float somewhere;
-
 static void fixture_open(fixture *f, const rig_tensor *tensors, size_t count, const char *yaml,
                          int ranks) {
     error_text error = {""};
@@ -30,6 +29,7 @@ static void fixture_open(fixture *f, const rig_tensor *tensors, size_t count, co
     assert_int_equal(muonshard_config_create(&f->config), MUONSHARD_OK);
     assert_int_equal(muonshard_config_load_string(f->config, yaml), MUONSHARD_OK);
     f->settings = config_settings(f->config);
+    f->registry.weightless = true;
     for (size_t i = 0; i < count; i++) {
         muonshard_tensor_desc d = MUONSHARD_TENSOR_DESC_INIT;
         d.name = tensors[i].name;
@@ -41,7 +41,6 @@ static void fixture_open(fixture *f, const rig_tensor *tensors, size_t count, co
         d.row_split_count = tensors[i].split_count;
         d.priority = tensors[i].priority;
         d.priority_stride = tensors[i].priority_stride;
-        d.param = &somewhere;
         assert_int_equal(registry_add(&f->registry, f->settings, &d, NULL, &error), MUONSHARD_OK);
     }
     assert_int_equal(plan_make(&f->plan, &f->registry, f->settings, ranks, &error), MUONSHARD_OK);
@@ -389,6 +388,8 @@ static void test_hash_tells_plans_apart(void **state) {
     assert_true(plan_hash(&a.plan) != plan_hash(&d.plan));
     assert_true(schedule_hash(&a.schedule) == schedule_hash(&b.schedule));
     assert_true(schedule_hash(&a.schedule) != schedule_hash(&d.schedule));
+    b.schedule.ops[b.schedule.count - 1].waits_on--; /* what it waits for is part of it */
+    assert_true(schedule_hash(&a.schedule) != schedule_hash(&b.schedule));
     fixture_close(&a);
     fixture_close(&b);
     fixture_close(&c);
@@ -412,6 +413,124 @@ static void test_nothing_and_little(void **state) {
     }
 }
 
+/* Views that share no shape still take turns: no rank gets them all. */
+static void test_round_robin_of_different_shapes(void **state) {
+    (void)state;
+    rig_tensor tensors[6];
+    char names[6][8];
+    for (size_t i = 0; i < 6; i++) {
+        snprintf(names[i], sizeof names[i], "w%zu", i);
+        tensors[i] = (rig_tensor){RIG_TENSOR(names[i], MUONSHARD_ROLE_MATRIX, 2, 8, 8 + (int)i)};
+    }
+    fixture f;
+    fixture_open(&f, tensors, 6, "", 4);
+    for (size_t v = 0; v < 6; v++)
+        assert_int_equal(f.plan.view_owner[v], v % 4);
+    /* By hand: m m (3 n + m) each; ranks 0 and 1 have two. */
+    const double cost[] = {2048, 2240, 2432, 2624, 2816, 3008};
+    double total = 0.0;
+    for (size_t v = 0; v < 6; v++)
+        total += cost[v];
+    assert_true(fabs(f.plan.imbalance - (2240 + 3008) * 4 / total) < 1e-12);
+    fixture_close(&f);
+}
+
+/* What is packed together, and the flat rest, is reduced when its last tensor is. */
+static void test_a_wave_has_its_highest_priority(void **state) {
+    (void)state;
+    const rig_tensor tensors[] = {
+        {RIG_TENSOR("a", MUONSHARD_ROLE_MATRIX, 2, 8, 8), .priority = 1},
+        {RIG_TENSOR("b", MUONSHARD_ROLE_MATRIX, 2, 8, 8), .priority = 5},
+        {RIG_TENSOR("c", MUONSHARD_ROLE_MATRIX, 2, 4, 4), .priority = 4},
+        {RIG_TENSOR("d", MUONSHARD_ROLE_ELEMENTWISE, 1, 9), .priority = 2},
+        {RIG_TENSOR("e", MUONSHARD_ROLE_ELEMENTWISE, 1, 9), .priority = 3}};
+    fixture f;
+    fixture_open(&f, tensors, 5, "", 2);
+    static const int tensor_of[] = {3, 2, 0}, priority_of[] = {3, 4, 5};
+    assert_int_equal(f.plan.wave_count, 3);
+    for (size_t i = 0; i < 3; i++) {
+        const wave *w = &f.plan.waves[f.plan.reduce_order[i]];
+        assert_int_equal(w->first_tensor, tensor_of[i]);
+        assert_int_equal(w->priority, priority_of[i]);
+    }
+    fixture_close(&f);
+}
+
+/* 12 entries of 256 bytes over 2 ranks: 6 waves, of which a rank sends 512 bytes and owns 256. */
+static void test_buckets_and_batches_keep_to_their_bytes(void **state) {
+    (void)state;
+    const rig_tensor stack = {RIG_TENSOR("stack", MUONSHARD_ROLE_MATRIX, 3, 12, 8, 8)};
+    static const struct {
+        const char *yaml;
+        size_t buckets, batches;
+    } cases[] = {{"{bucket_bytes: 1536, batch_bytes: 768}", 2, 2},
+                 {"{bucket_bytes: 1535, batch_bytes: 767}", 3, 3},
+                 {"{bucket_bytes: 1, batch_bytes: 1}", 6, 6},
+                 {"", 1, 1}};
+    for (size_t i = 0; i < 4; i++) {
+        fixture f;
+        fixture_open(&f, &stack, 1, cases[i].yaml, 2);
+        assert_int_equal(f.plan.bucket_count, cases[i].buckets);
+        assert_int_equal(f.plan.batch_count, cases[i].batches);
+        fixture_close(&f);
+    }
+}
+
+/* A wave of 3 slots of 64 elements and one of a shard: what a rank moves, by hand. */
+static void test_bytes_are_counted(void **state) {
+    (void)state;
+    const rig_tensor tensors[] = {{RIG_TENSOR("stack", MUONSHARD_ROLE_MATRIX, 3, 3, 8, 8)},
+                                  {RIG_TENSOR("gain", MUONSHARD_ROLE_ELEMENTWISE, 1, 100)}};
+    fixture f;
+    fixture_open(&f, tensors, 2, "", 3);
+    const plan *p = &f.plan;
+    assert_int_equal(p->flat_shard, PLAN_FLAT_CHUNK);
+    assert_int_equal(p->bytes_reduced, 2 * (64 + PLAN_FLAT_CHUNK) * 4);
+    assert_int_equal(p->bytes_gathered, 2 * (64 + PLAN_FLAT_CHUNK) * 4);
+    assert_int_equal(p->bytes_packed, 100 * 4);
+    assert_int_equal(p->bytes_padded, (3 * PLAN_FLAT_CHUNK - 100) * 4);
+    assert_int_equal(p->largest_unpacked, 3 * 64); /* zeros sent where a gradient is NULL */
+    fixture_close(&f);
+    fixture_open(&f, tensors, 2, "{reduce: none}", 3);
+    assert_int_equal(f.plan.bytes_reduced, 0);
+    assert_int_equal(f.plan.bytes_packed, 0);
+    fixture_close(&f);
+}
+
+/* Every fact two ranks can differ in without a plan that differs. */
+static void test_hash_tells_tensors_apart(void **state) {
+    (void)state;
+    enum { CASES = 8 };
+    static const int64_t halves[] = {4, 4}, quarters[] = {2, 6};
+    registry r = {.weightless = true};
+    error_text error;
+    muonshard_config *config;
+    assert_int_equal(muonshard_config_create(&config), MUONSHARD_OK);
+    for (int i = 0; i < CASES; i++) {
+        char name[] = "w";
+        muonshard_tensor_desc d = MUONSHARD_TENSOR_DESC_INIT;
+        d.name = name;
+        d.role = MUONSHARD_ROLE_MATRIX;
+        d.dims = 2;
+        d.shape[0] = d.shape[1] = 8;
+        d.row_splits = i == 7 ? quarters : halves;
+        d.row_split_count = 2;
+        d.priority = i == 1;
+        d.null_grad = i == 2 ? MUONSHARD_NULL_GRAD_SKIP : MUONSHARD_NULL_GRAD_ERROR;
+        d.group = i == 3;
+        d.lr_multiplier = i == 4 ? 0.5 : 1.0;
+        d.decay_multiplier = i == 5 ? 0.5 : 1.0;
+        d.form = i == 6 ? MUONSHARD_FLATTEN : MUONSHARD_STACK;
+        assert_int_equal(registry_add(&r, config_settings(config), &d, NULL, &error), MUONSHARD_OK);
+        r.tensors[i].name[0] = 'x'; /* the next may be called the same */
+    }
+    for (size_t i = 0; i < CASES; i++)
+        for (size_t k = 0; k < i; k++)
+            assert_true(registry_tensor_hash(&r, i) != registry_tensor_hash(&r, k));
+    registry_free(&r);
+    muonshard_config_destroy(config);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_view_has_one_owner),
@@ -427,6 +546,12 @@ int main(void) {
         cmocka_unit_test(test_flat_shards_are_whole_chunks),
         cmocka_unit_test(test_hash_tells_plans_apart),
         cmocka_unit_test(test_nothing_and_little),
+        cmocka_unit_test(test_round_robin_of_different_shapes),
+        cmocka_unit_test(test_a_wave_has_its_highest_priority),
+        cmocka_unit_test(test_buckets_and_batches_keep_to_their_bytes),
+        cmocka_unit_test(test_bytes_are_counted),
+        cmocka_unit_test(test_hash_tells_tensors_apart),
+
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -14,12 +14,14 @@
 #include <cmocka.h>
 
 enum { RANKS = 2, STEPS = 3 };
+#define LATENCY_S 2e-3
 
 typedef struct traced {
     char yaml[256];
     char labels[RANKS][256][48];
     int streams[RANKS][256], waits_on[RANKS][256];
     size_t count[RANKS];
+    double elapsed_us; /* from before the files were opened to after they were closed */
     muonshard_status status[RANKS];
 } traced;
 
@@ -70,6 +72,9 @@ static void check_file(const traced *t, int rank, const char *path) {
             start[i] = json_number_value(json_object_get(event, "ts"));
             end[i] = start[i] + json_number_value(json_object_get(event, "dur"));
             assert_true(end[i] >= start[i]);
+            assert_true(start[i] >= 0.0 && end[i] <= t->elapsed_us);
+            if (t->streams[rank][i] == STREAM_COMM)
+                assert_true(end[i] - start[i] >= 0.9e6 * LATENCY_S);
             found++;
         }
         assert_int_equal(found, t->count[rank]);
@@ -89,7 +94,11 @@ static void test_trace_is_the_schedule(void **state) {
     traced t = {.count = {0}};
     snprintf(t.yaml, sizeof t.yaml, "{trace: %s/%%r.json, bucket_bytes: 9000, batch_bytes: 9000}",
              directory);
-    assert_int_equal(threads_run(RANKS, run, &t), MUONSHARD_OK);
+    threads_options options = THREADS_OPTIONS_INIT;
+    options.latency_s = LATENCY_S;
+    const double begin = now_s();
+    assert_int_equal(threads_run_with(&options, RANKS, run, &t), MUONSHARD_OK);
+    t.elapsed_us = 1e6 * (now_s() - begin);
     for (int r = 0; r < RANKS; r++) {
         char path[128];
         assert_int_equal(t.status[r], MUONSHARD_OK);
@@ -119,9 +128,28 @@ static void test_a_trace_that_cannot_be_opened_is_an_error(void **state) {
         assert_int_equal(t.status[r], MUONSHARD_ERR_IO);
 }
 
+/* Without %r: the name as it is for one rank, with ".rank" behind for several. */
+static void test_a_name_without_a_rank_gets_one(void **state) {
+    (void)state;
+    char directory[] = "/tmp/muonshard_trace_XXXXXX", path[128];
+    assert_non_null(mkdtemp(directory));
+    static const char *const names[] = {"t", "t.0", "t.1"};
+    for (int n = 1; n <= RANKS; n++) {
+        traced t = {.count = {0}};
+        snprintf(t.yaml, sizeof t.yaml, "trace: %s/t", directory);
+        assert_int_equal(threads_run(n, run, &t), MUONSHARD_OK);
+        for (int i = 0; i < 3; i++) {
+            snprintf(path, sizeof path, "%s/%s", directory, names[i]);
+            assert_int_equal(unlink(path) == 0, n == 1 ? i == 0 : i > 0);
+        }
+    }
+    rmdir(directory);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_trace_is_the_schedule),
+        cmocka_unit_test(test_a_name_without_a_rank_gets_one),
         cmocka_unit_test(test_a_trace_that_cannot_be_opened_is_an_error),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -68,8 +68,8 @@ const char *gpt_shape_error(const gpt_shape *shape);
 gpt *gpt_create(const gpt_shape *shape, int sequences);
 void gpt_destroy(gpt *model);
 
-/* N(0, 0.02) weights and embeddings, attn_out and mlp_down times 1/sqrt(2 L), gains 1: a function
- * of the seed alone. */
+/* N(0, 1/in) weights of the blocks (in: a row's length), attn_out and mlp_down times 1/sqrt(2 L),
+ * embeddings N(0, 1/C), head N(0, 0.02^2), gains 1: a function of the seed alone. */
 void gpt_init(gpt *model, uint64_t seed);
 /* The tensors, in the order of the enum; borrowed from the model. */
 const gpt_tensor *gpt_tensors(const gpt *model, size_t *count);

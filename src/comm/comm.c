@@ -215,22 +215,44 @@ muonshard_status comm_run(muonshard_comm *comm, const comm_request *request) {
 
 /* ---- host messages ---- */
 
-muonshard_status comm_allgather(muonshard_comm *comm, const void *send, void *recv, size_t bytes) {
-    comm_part part = {.send = send, .recv = recv, .bytes = bytes};
-    comm_request request = {.kind = COMM_ALL_GATHER, .parts = &part, .part_count = 1};
-    return comm_run(comm, &request);
-}
-
-muonshard_status comm_broadcast(muonshard_comm *comm, void *data, size_t bytes, int root) {
-    comm_part part = {.recv = data, .bytes = bytes};
-    comm_request request = {.kind = COMM_BROADCAST, .parts = &part, .part_count = 1, .root = root};
-    return comm_run(comm, &request);
-}
-
 /* Where some ranks are in a collective already, a rank without memory can't stay away: it dies. */
 static muonshard_status no_memory(muonshard_comm *comm, const char *what) {
     return comm_die(comm, MUONSHARD_ERR_MEMORY, "rank %d of %d (host %s): %s: out of memory",
                     comm->rank, comm->size, comm->host, what);
+}
+
+/* Through memory of our own where a transport may still write after a timeout: the callers' is on
+ * stacks and in blocks that are freed. After a timeout it is left to the transport. */
+static muonshard_status run_host(muonshard_comm *comm, comm_kind kind, const void *send,
+                                 size_t sent, void *recv, size_t bytes, int root) {
+    const size_t received = kind == COMM_ALL_GATHER ? (size_t)comm->size * bytes : bytes;
+    comm_part part = {.send = send, .recv = recv, .bytes = bytes};
+    comm_request request = {.kind = kind, .parts = &part, .part_count = 1, .root = root};
+    if (!comm->ops->writes_after_death || !bytes)
+        return comm_run(comm, &request);
+    char *own = malloc(sent + received);
+    if (!own)
+        return no_memory(comm, comm->position.phase);
+    if (sent)
+        memcpy(own, send, sent);
+    else
+        memcpy(own, recv, received);
+    part.send = own;
+    part.recv = own + sent;
+    const muonshard_status status = comm_run(comm, &request);
+    if (status == MUONSHARD_OK)
+        memcpy(recv, part.recv, received);
+    if (!comm->dead)
+        free(own);
+    return status;
+}
+
+muonshard_status comm_allgather(muonshard_comm *comm, const void *send, void *recv, size_t bytes) {
+    return run_host(comm, COMM_ALL_GATHER, send, bytes, recv, bytes, 0);
+}
+
+muonshard_status comm_broadcast(muonshard_comm *comm, void *data, size_t bytes, int root) {
+    return run_host(comm, COMM_BROADCAST, NULL, 0, data, bytes, root);
 }
 
 /* One small all-gather; the text travels only when there is one. */

@@ -57,20 +57,24 @@ typedef struct sum_squares_item { /* *out = sum of x^2 in fp64; not finite iff a
 } sum_squares_item;
 
 /* The agree words of all ranks, turned into the record and the active flags. A word is [stride]
- * fp64: 0 or a failure, a flag a tensor (1: this rank had a gradient), sums of squares. Sums are
- * added in the order of `sum_index`, so that the norm doesn't depend on who owned what. */
+ * fp64: 0 or a failure, a flag a tensor (1: this rank had a gradient), sums of squares, and what
+ * has to be equal on all ranks. Sums are added in the order of `sum_index`, so that the norm
+ * doesn't depend on who owned what. */
 typedef struct resolve_args {
     const double *words; /* [word_count, stride] */
     int word_count;
     size_t stride;
     size_t tensor_count;           /* flags at [1, 1 + tensor_count) */
+    size_t equal;                  /* where in a word; a difference is a failure. 0: nowhere */
     const uint8_t *skip_if_absent; /* [tensor_count] */
     uint8_t *active;               /* [tensor_count], out */
     const size_t *sum_index;       /* [sum_count] into words */
     size_t sum_count;
-    double *total;       /* [2] out: 0 or 1 for a failure somewhere, sum of squares */
-    double scale;        /* grad_scale and 1/N in one */
-    double clip_norm;    /* 0: off */
+    double *total;    /* [2] out: 0 or 1 for a failure somewhere, sum of squares once scaled */
+    double scale;     /* grad_scale and 1/N in one */
+    double sum_scale; /* sqrt(sum) times it is the norm: `scale`, or 1 for totals of groups, each of
+                         which has scaled its own */
+    double clip_norm; /* 0: off */
     step_record *record; /* out, count carried on; NULL: only totals and flags are wanted */
 } resolve_args;
 
@@ -122,7 +126,8 @@ typedef struct backend_ops {
     /* Zeroed memory. */
     muonshard_status (*alloc)(backend *self, void **memory, size_t bytes);
     void (*free)(backend *self, void *memory);
-    /* Any direction. `unless_skip`: NULL, or a record whose skip makes it do nothing. */
+    /* Any direction; complete on return when either side is memory of the host. `unless_skip`:
+     * NULL, or a record whose skip makes it do nothing. */
     muonshard_status (*copy)(backend *self, const copy_item *items, size_t count,
                              const step_record *unless_skip, backend_stream stream);
     /* dst [count] = sum over ranks of src [ranks, count], added in rank order, so that bits don't

@@ -1,6 +1,7 @@
 /* host.c - the backend of machines without a GPU: host memory, every call runs to its end. */
 #include "kernels/host.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,22 +57,25 @@ static muonshard_status host_resolve(backend *self, const resolve_args *a) {
     (void)self;
     double sum = 0.0;
     bool failed = false;
-    for (int r = 0; r < a->word_count; r++)
-        failed = failed || a->words[(size_t)r * a->stride] != 0.0;
+    for (int r = 0; r < a->word_count; r++) {
+        const double *word = a->words + (size_t)r * a->stride;
+        failed = failed || word[0] != 0.0 || (a->equal && word[a->equal] != a->words[a->equal]);
+    }
     for (size_t i = 0; i < a->sum_count; i++)
         sum += a->words[a->sum_index[i]];
     resolve_active(a);
     a->total[0] = failed;
-    a->total[1] = sum;
+    a->total[1] = sum * a->sum_scale * a->sum_scale;
     step_record *record = a->record;
     if (!record)
         return MUONSHARD_OK;
-    const double norm = sqrt(sum) * a->scale;
+    const double norm = sqrt(sum) * a->sum_scale;
     double clip = 1.0;
     if (a->clip_norm > 0.0 && norm + 1e-6 > a->clip_norm)
         clip = a->clip_norm / (norm + 1e-6);
     record->failed = failed;
-    record->skip = failed || !isfinite(sum);
+    /* Not only finite: no element may overflow fp32 once it is scaled. */
+    record->skip = failed || !(norm <= FLT_MAX);
     record->grad_norm = norm;
     record->clip_factor = (float)clip;
     record->grad_factor = (float)(clip * a->scale);

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <xxhash.h>
+
 #include "optim/optimizer.h"
 
 static const error_text no_handle = {"the handle is NULL"};
@@ -45,12 +47,14 @@ muonshard_status muonshard_create(muonshard_comm *comm, const muonshard_config *
                                   const muonshard_options *options, muonshard_optimizer **out) {
     if (!comm)
         return MUONSHARD_ERR_ARGUMENT;
-    FAIL_IF(!out, &comm->error, MUONSHARD_ERR_ARGUMENT, "optimizer is NULL");
+    if (out)
+        *out = NULL;
     TRY(comm->dead);
-    *out = NULL;
     muonshard_optimizer *o = NULL;
     error_text error = {""};
-    muonshard_status status = build(&o, comm, config, options, &error);
+    comm_mark(comm, 0, "create optimizer");
+    muonshard_status status = out ? build(&o, comm, config, options, &error)
+                                  : fail(&error, MUONSHARD_ERR_ARGUMENT, "optimizer is NULL");
     TRY_GOTO(comm_agree(comm, status, &error), failed);
     TRY_GOTO(config_check_equal(o->config, comm, &error), failed);
     *out = o;
@@ -127,10 +131,12 @@ muonshard_status muonshard_set_grad(muonshard_optimizer *o, int id, const void *
 
 muonshard_status muonshard_commit(muonshard_optimizer *o, muonshard_sync_params sync) {
     TRY(check_alive(o, false));
-    FAIL_IF(sync != MUONSHARD_SYNC_CHECK && sync != MUONSHARD_SYNC_BROADCAST &&
-                sync != MUONSHARD_SYNC_NONE,
-            &o->error, MUONSHARD_ERR_ARGUMENT, "unknown sync_params %d", (int)sync);
-    return optimizer_commit(o, sync);
+    muonshard_status local = MUONSHARD_OK;
+    if (sync != MUONSHARD_SYNC_CHECK && sync != MUONSHARD_SYNC_BROADCAST &&
+        sync != MUONSHARD_SYNC_NONE)
+        local =
+            fail(&o->error, MUONSHARD_ERR_ARGUMENT, "commit: unknown sync_params %d", (int)sync);
+    return optimizer_commit(o, local, sync);
 }
 
 /* ---- the step ---- */
@@ -199,8 +205,10 @@ static muonshard_status set_values(muonshard_optimizer *o, const muonshard_step_
         v.weight_decay *= t->decay_multiplier;
         o->values[i] = v;
     }
-    const copy_item item = {o->memory.values, o->values,
-                            o->registry.tensor_count * sizeof *o->values};
+    const size_t bytes = o->registry.tensor_count * sizeof *o->values;
+    const uint64_t hash = XXH64(&a->grad_scale, sizeof a->grad_scale, XXH64(o->values, bytes, 0));
+    o->fingerprint = (double)(hash >> 11); /* 53 bits: all that a double holds */
+    const copy_item item = {o->memory.values, o->values, bytes};
     const muonshard_status status =
         o->backend->ops->copy(o->backend, &item, 1, NULL, STREAM_COMPUTE);
     return status ? step_kill(o, status, &o->backend->error) : MUONSHARD_OK;
@@ -219,9 +227,8 @@ muonshard_status muonshard_step(muonshard_optimizer *o, const muonshard_step_arg
     if (o->open && o->called)
         TRY(step_run_until(o, o->schedule.count));
     if (!o->open)
-        step_begin(o);
+        TRY(step_begin(o));
     o->called = true;
-    o->began = now_s();
 
     muonshard_step_args a = MUONSHARD_STEP_ARGS_INIT;
     muonshard_status local = MUONSHARD_OK;
@@ -238,7 +245,9 @@ muonshard_status muonshard_step(muonshard_optimizer *o, const muonshard_step_arg
     TRY(set_values(o, &a));
     for (size_t i = 0; i < o->first_entry[o->registry.tensor_count]; i++)
         o->ready[i] = 1;
-    return step_run_until(o, a.defer && !local ? deferred_end(o) : o->schedule.count);
+    TRY(step_run_until(o, a.defer ? deferred_end(o) : o->schedule.count));
+    /* A failed step is not deferred: all ranks know of it, and all return it from this call. */
+    return o->open && o->failed ? step_run_until(o, o->schedule.count) : MUONSHARD_OK;
 }
 
 muonshard_status muonshard_grad_ready(muonshard_optimizer *o, int id, int64_t first,
@@ -249,7 +258,7 @@ muonshard_status muonshard_grad_ready(muonshard_optimizer *o, int id, int64_t fi
             "step %lld is deferred and not finished; muonshard_step_result with wait finishes it",
             (long long)o->step);
     if (!o->open)
-        step_begin(o);
+        TRY(step_begin(o));
     uint8_t *ready = o->ready + o->first_entry[id] + first;
     for (int64_t i = 0; i < count; i++)
         FAIL_IF(ready[i], &o->error, MUONSHARD_ERR_ARGUMENT,

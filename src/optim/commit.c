@@ -9,22 +9,24 @@
 
 /* ---- memory ---- */
 
+/* `pointer` is the address of a pointer of any type. */
 static muonshard_status reserve(muonshard_optimizer *o, void *pointer, size_t count, size_t item) {
-    void **memory = pointer;
+    void *memory = NULL;
     size_t bytes;
     FAIL_IF(__builtin_mul_overflow(count ? count : 1, item, &bytes), &o->error,
             MUONSHARD_ERR_MEMORY, "workspace of %zu x %zu bytes", count, item);
-    const muonshard_status status = o->backend->ops->alloc(o->backend, memory, bytes);
+    const muonshard_status status = o->backend->ops->alloc(o->backend, &memory, bytes);
     FAIL_IF(status, &o->error, status, "workspace of %zu bytes: %s", bytes, o->backend->error.text);
+    memcpy(pointer, &memory, sizeof memory);
     o->workspace_bytes += bytes;
     return MUONSHARD_OK;
 }
 
 static muonshard_status host_array(muonshard_optimizer *o, void *pointer, size_t count,
                                    size_t item) {
-    void **memory = pointer;
-    *memory = calloc(count ? count : 1, item);
-    FAIL_IF(!*memory, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");
+    void *memory = calloc(count ? count : 1, item);
+    FAIL_IF(!memory, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");
+    memcpy(pointer, &memory, sizeof memory);
     return MUONSHARD_OK;
 }
 
@@ -37,7 +39,7 @@ static muonshard_status reserve_workspace(muonshard_optimizer *o) {
     const plan *p = &o->plan;
     const size_t tensors = o->registry.tensor_count, agreeing = (size_t)agree_size(o);
     o->flat_chunks = p->flat_shard / PLAN_FLAT_CHUNK;
-    o->word_stride = 1 + tensors + p->wave_count + o->flat_chunks;
+    o->word_stride = 1 + tensors + p->wave_count + o->flat_chunks + 1;
     const size_t used_chunks = (p->flat_elements + PLAN_FLAT_CHUNK - 1) / PLAN_FLAT_CHUNK;
     o->sum_count = o->registry.view_count + used_chunks;
 
@@ -51,7 +53,8 @@ static muonshard_status reserve_workspace(muonshard_optimizer *o) {
     const size_t scratch = comm_needs_scratch(o->comm) ? p->scratch_elements : 0;
     const size_t exchange = scratch > p->gather_elements ? scratch : p->gather_elements;
     TRY(reserve(o, &m->exchange, exchange, sizeof(float)));
-    TRY(reserve(o, &m->zeros, p->largest_unpacked, sizeof(float)));
+    const bool sends = o->settings->reduce != REDUCE_NONE;
+    TRY(reserve(o, &m->zeros, sends ? p->largest_unpacked : 0, sizeof(float)));
     TRY(reserve(o, &m->word, o->word_stride, sizeof(double)));
     TRY(reserve(o, &m->words, o->word_stride * (size_t)p->world_size, sizeof(double)));
     TRY(reserve(o, &m->totals, 2 * (2 + agreeing), sizeof(double)));
@@ -262,7 +265,7 @@ static muonshard_status make_work(muonshard_optimizer *o) {
         if (op_is_collective(o->schedule.ops[i].kind))
             TRY(make_parts(o, &o->schedule.ops[i], &o->ops[i]));
     const size_t tensors = o->registry.tensor_count;
-    TRY(host_array(o, &o->copies, p->slot_count + tensors, sizeof *o->copies));
+    TRY(host_array(o, &o->copies, p->slot_count + tensors + 2, sizeof *o->copies));
     TRY(host_array(o, &o->word_head, 1 + tensors, sizeof *o->word_head));
     TRY(host_array(o, &o->values, tensors, sizeof *o->values));
     TRY(host_array(o, &o->first_entry, tensors + 1, sizeof *o->first_entry));
@@ -315,6 +318,8 @@ static muonshard_status name_different_tensor(muonshard_optimizer *o) {
 
 static muonshard_status compare_plans(muonshard_optimizer *o) {
     uint64_t own[2] = {o->registry.tensor_count, plan_hash(&o->plan) ^ schedule_hash(&o->schedule)};
+    own[1] +=
+        (uint64_t)agree_size(o); /* with agree_comm on some ranks only, they would never meet */
     for (size_t i = 0; i < o->registry.tensor_count; i++)
         own[0] = own[0] * 0x9E3779B97F4A7C15U + registry_tensor_hash(&o->registry, i);
     uint64_t first[2] = {own[0], own[1]};
@@ -342,8 +347,7 @@ static muonshard_status prepare(muonshard_optimizer *o) {
     TRY(make_batches(o));
     TRY(reserve_workspace(o));
     TRY(make_work(o));
-    TRY(upload_tables(o));
-    return trace_open(&o->trace, o->settings->trace, o->comm->rank, o->comm->size, &o->error);
+    return upload_tables(o);
 }
 
 static void fill_stats(muonshard_optimizer *o) {
@@ -360,28 +364,36 @@ static void fill_stats(muonshard_optimizer *o) {
     s->bytes_workspace = (int64_t)(o->workspace_bytes - o->state_bytes);
 }
 
-muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_sync_params sync) {
-    muonshard_status status = prepare(o);
+muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_status local,
+                                  muonshard_sync_params sync) {
+    comm_mark(o->comm, 0, "commit");
+    muonshard_status status = local ? local : prepare(o);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), failed);
     TRY_GOTO(compare_plans(o), failed);
+    status = trace_open(&o->trace, o->settings->trace, o->comm->rank, o->comm->size, &o->error);
+    TRY_GOTO(comm_agree(o->comm, status, &o->error), failed);
     if (sync == MUONSHARD_SYNC_BROADCAST)
         TRY_GOTO(replicas_broadcast(o), failed);
     else if (sync == MUONSHARD_SYNC_CHECK)
         TRY_GOTO(replicas_check(o), failed);
     fill_stats(o);
     o->committed = true;
+    comm_mark(o->comm, 0, "outside the library");
     return MUONSHARD_OK;
 failed:
+    comm_mark(o->comm, 0, "outside the library");
     optimizer_release(o);
     return status;
 }
 
-/* A collective that never completed may still write to the workspace when a late rank arrives. */
+/* A collective that is not complete, in a step that timed out or was left half way, may still write
+ * to the workspace when a late rank arrives. */
 static bool workspace_in_use(const muonshard_optimizer *o) {
     bool in_use = false;
     for (size_t i = 0; o->ops && i < o->schedule.count; i++)
         in_use = in_use || o->ops[i].ticket.open;
-    return in_use && o->comm->dead && o->comm->ops->writes_after_death;
+    return (in_use && o->comm->ops->writes_after_death) ||
+           (o->totals.ticket.open && o->agree_comm->ops->writes_after_death);
 }
 
 /* Back to what it was before commit. */
@@ -420,7 +432,9 @@ void optimizer_release(muonshard_optimizer *o) {
     o->first_entry = NULL;
     o->ready = NULL;
     o->state_bytes = o->workspace_bytes = 0;
-    trace_close(o->trace, NULL);
+    error_text error;
+    if (trace_close(o->trace, &error))
+        comm_log(o->comm, MUONSHARD_LOG_WARNING, "%s", error.text);
     o->trace = NULL;
     plan_free(&o->plan);
     schedule_free(&o->schedule);

@@ -74,6 +74,7 @@ struct muonshard_optimizer {
     schedule schedule;
     workspace memory;
     op_state *ops;        /* own, [schedule.count] */
+    op_state totals;      /* the all-gather over agree_comm */
     batch_work *batches;  /* own, [plan.batch_count] */
     bucket_work *buckets; /* own, [plan.bucket_count] */
     adam_item *adam;      /* own, [adam_count]: the tensors in this rank's shard, cut to it */
@@ -87,17 +88,17 @@ struct muonshard_optimizer {
     size_t state_bytes, workspace_bytes;
 
     /* the step under way */
-    size_t next;  /* operation to run next; 0 or schedule.count: none is under way */
-    int64_t step; /* number of the step under way or, between steps, of the last one */
-    bool open;    /* a step is under way: begun by grad_ready or step, not finished */
-    bool called;  /* muonshard_step has been called for it */
-    double began;
+    size_t next;         /* operation to run next; 0 or schedule.count: none is under way */
+    int64_t step;        /* number of the step under way or, between steps, of the last one */
+    bool open;           /* a step is under way: begun by grad_ready or step, not finished */
+    bool called;         /* muonshard_step has been called for it */
     uint8_t *ready;      /* own, [entries of all tensors]: marked final */
     size_t *first_entry; /* own, [tensor_count + 1] into ready */
     muonshard_status
         step_status; /* this rank's error before the first collective; its text is in error */
     bool failed;     /* some rank had one: known once resolved */
     double grad_scale;
+    double fingerprint; /* of the step's values: they are the same on all ranks */
     muonshard_step_result_info results[STEP_RESULTS];
 
     muonshard_stats_info stats;
@@ -113,7 +114,9 @@ struct muonshard_optimizer {
     } while (0)
 
 /* commit.c */
-muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_sync_params sync);
+/* `local`: an error found before, which becomes everybody's. */
+muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_status local,
+                                  muonshard_sync_params sync);
 void optimizer_release(muonshard_optimizer *o);
 
 /* replicas.c: the same bytes on every rank. Collective. */
@@ -121,7 +124,7 @@ muonshard_status replicas_check(muonshard_optimizer *o);
 muonshard_status replicas_broadcast(muonshard_optimizer *o);
 
 /* step.c */
-void step_begin(muonshard_optimizer *o);
+muonshard_status step_begin(muonshard_optimizer *o);
 /* Reduce-scatters whose gradients are ready, and all before them, are started. */
 muonshard_status step_start_ready(muonshard_optimizer *o);
 /* Runs operations [next, end); finishes the step when that was the last. */

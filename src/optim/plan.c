@@ -210,7 +210,8 @@ static muonshard_status make_batches(builder *b, error_text *error) {
 
 /* Low priority first, then the reverse of registration: what a backward pass finishes first goes
  * first. A wave is ready when its last tensor is, in backward the one registered first. */
-static int reduction_order(const wave *a, const wave *b) {
+static int reduction_order(const void *left, const void *right) {
+    const wave *a = *(const wave *const *)left, *b = *(const wave *const *)right;
     if (a->priority != b->priority)
         return a->priority < b->priority ? -1 : 1;
     if (a->first_tensor != b->first_tensor)
@@ -218,14 +219,16 @@ static int reduction_order(const wave *a, const wave *b) {
     return -compare_sizes(a->first_view, b->first_view);
 }
 
-static void make_reduce_order(plan *p) {
-    for (size_t i = 0; i < p->wave_count;
-         i++) { /* insertion: stable, and nearly sorted backwards at worst */
-        size_t k = i;
-        for (; k > 0 && reduction_order(&p->waves[i], &p->waves[p->reduce_order[k - 1]]) < 0; k--)
-            p->reduce_order[k] = p->reduce_order[k - 1];
-        p->reduce_order[k] = i;
-    }
+static muonshard_status make_reduce_order(plan *p, error_text *error) {
+    const wave **sorted = calloc(p->wave_count + 1, sizeof *sorted);
+    FAIL_IF(!sorted, error, MUONSHARD_ERR_MEMORY, "out of memory");
+    for (size_t i = 0; i < p->wave_count; i++)
+        sorted[i] = &p->waves[i];
+    qsort(sorted, p->wave_count, sizeof *sorted, reduction_order);
+    for (size_t i = 0; i < p->wave_count; i++)
+        p->reduce_order[i] = (size_t)(sorted[i] - p->waves);
+    free(sorted);
+    return MUONSHARD_OK;
 }
 
 static void make_buckets(builder *b) {
@@ -364,7 +367,7 @@ muonshard_status plan_make(plan *p, const registry *r, const settings *s, int wo
     make_packed_waves(&b);
     make_flat_wave(&b);
     TRY_GOTO(make_batches(&b, error), done);
-    make_reduce_order(p);
+    TRY_GOTO(make_reduce_order(p, error), done);
     make_buckets(&b);
     lay_out(&b);
     count_bytes(&b);

@@ -40,7 +40,7 @@ static muonshard_status check_desc(const registry *r, const muonshard_tensor_des
                     elements > INT64_MAX / 8,
                 error, bad, "tensor '%s' has too many elements", d->name);
     }
-    FAIL_IF(!d->param, error, bad, "tensor '%s': param is NULL", d->name);
+    FAIL_IF(!d->param && !r->weightless, error, bad, "tensor '%s': param is NULL", d->name);
     FAIL_IF(d->null_grad != MUONSHARD_NULL_GRAD_ERROR && d->null_grad != MUONSHARD_NULL_GRAD_ZERO &&
                 d->null_grad != MUONSHARD_NULL_GRAD_SKIP,
             error, bad, "tensor '%s': unknown null_grad policy %d", d->name, (int)d->null_grad);
@@ -78,6 +78,19 @@ static void set_matrix_shape(tensor *t) {
     }
 }
 
+/* Updated twice, a parameter would be wrong: tied weights are registered once. */
+static muonshard_status check_overlap(const registry *r, const tensor *t, const char *name,
+                                      error_text *error) {
+    const uintptr_t start = (uintptr_t)t->param, end = start + t->elements * sizeof(float);
+    for (size_t i = 0; i < r->tensor_count && !r->weightless; i++) {
+        const uintptr_t other = (uintptr_t)r->tensors[i].param;
+        FAIL_IF(start < other + r->tensors[i].elements * sizeof(float) && other < end, error,
+                MUONSHARD_ERR_ARGUMENT, "tensor '%s': its memory overlaps that of '%s'", name,
+                r->tensors[i].name);
+    }
+    return MUONSHARD_OK;
+}
+
 static muonshard_status set_splits(tensor *t, const muonshard_tensor_desc *d, error_text *error) {
     t->split_count = d->row_split_count ? d->row_split_count : 1;
     t->row_splits = calloc(t->split_count, sizeof *t->row_splits);
@@ -97,16 +110,21 @@ static muonshard_status set_splits(tensor *t, const muonshard_tensor_desc *d, er
     return MUONSHARD_OK;
 }
 
-static muonshard_status grow(void **array, size_t *capacity, size_t needed, size_t item) {
+/* `array` is the address of a pointer of any type. */
+static muonshard_status grow(void *array, size_t *capacity, size_t needed, size_t item) {
     if (needed <= *capacity)
         return MUONSHARD_OK;
+    if (needed > SIZE_MAX / 2 / item)
+        return MUONSHARD_ERR_MEMORY;
     size_t n = *capacity ? *capacity : 16;
     while (n < needed)
         n *= 2;
-    void *bigger = realloc(*array, n * item);
-    if (!bigger)
+    void *block;
+    memcpy(&block, array, sizeof block);
+    block = realloc(block, n * item);
+    if (!block)
         return MUONSHARD_ERR_MEMORY;
-    *array = bigger;
+    memcpy(array, &block, sizeof block);
     *capacity = n;
     return MUONSHARD_OK;
 }
@@ -143,6 +161,7 @@ muonshard_status registry_add(registry *r, const settings *s, const muonshard_te
                 .priority_stride = d->priority_stride};
     memcpy(t.shape, d->shape, (size_t)d->dims * sizeof d->shape[0]);
     set_matrix_shape(&t);
+    TRY(check_overlap(r, &t, d->name, error));
     muonshard_status status;
     TRY_GOTO(set_splits(&t, d, error), failed);
     if (t.role == MUONSHARD_ROLE_MATRIX)
@@ -150,8 +169,8 @@ muonshard_status registry_add(registry *r, const settings *s, const muonshard_te
     t.first_view = r->view_count;
     status = MUONSHARD_ERR_MEMORY;
     t.name = strdup(d->name);
-    if (!t.name || grow((void **)&r->tensors, &r->tensor_capacity, r->tensor_count + 1, sizeof t) ||
-        grow((void **)&r->views, &r->view_capacity, r->view_count + t.view_count, sizeof(view))) {
+    if (!t.name || grow(&r->tensors, &r->tensor_capacity, r->tensor_count + 1, sizeof t) ||
+        grow(&r->views, &r->view_capacity, r->view_count + t.view_count, sizeof(view))) {
         fail(error, status, "out of memory");
         goto failed;
     }

@@ -37,6 +37,7 @@ typedef struct registry {
     size_t tensor_count, tensor_capacity;
     view *views; /* own, [view_count], in registration order */
     size_t view_count, view_capacity;
+    bool weightless; /* tensors may have no memory: only a plan is wanted */
 } registry;
 
 /* Checks and copies one description. Nothing changes on failure. */

@@ -120,11 +120,14 @@ static muonshard_status run_measure(muonshard_optimizer *o, const op *operation)
 
 static muonshard_status write_word(muonshard_optimizer *o) {
     o->word_head[0] = o->step_status != MUONSHARD_OK;
+    o->copies[1] =
+        (copy_item){o->memory.word + o->word_stride - 1, &o->fingerprint, sizeof o->fingerprint};
     for (size_t i = 0; i < o->registry.tensor_count; i++)
         o->word_head[1 + i] = o->registry.tensors[i].grad != NULL;
     o->copies[0] =
         (copy_item){o->memory.word, o->word_head, (1 + o->registry.tensor_count) * sizeof(double)};
-    return run_copies(o, 1, NULL);
+    /* On the stream of the all-gather: the fence before it came before this copy. */
+    return from_backend(o, o->backend->ops->copy(o->backend, o->copies, 2, NULL, STREAM_COMM));
 }
 
 /* Group totals over agree_comm: rank 0 of each group brings its sum, the others zero. */
@@ -142,9 +145,12 @@ static muonshard_status gather_totals(muonshard_optimizer *o) {
                                   .part_count = 1,
                                   .backend = o->backend,
                                   .stream = STREAM_COMM};
-    comm_ticket ticket;
-    TRY(from_comm(o, o->agree_comm, comm_start(o->agree_comm, &request, &ticket)));
-    return from_comm(o, o->agree_comm, comm_wait(o->agree_comm, &ticket, deadline(o)));
+    comm_mark(o->agree_comm, o->step, "agreement of groups");
+    TRY(from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMPUTE, STREAM_COMM)));
+    TRY(from_comm(o, o->agree_comm, comm_start(o->agree_comm, &request, &o->totals.ticket)));
+    TRY(from_comm(o, o->agree_comm, comm_wait(o->agree_comm, &o->totals.ticket, deadline(o))));
+    comm_mark(o->agree_comm, 0, "outside the library");
+    return from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMM, STREAM_COMPUTE));
 }
 
 static muonshard_status read_record(muonshard_optimizer *o) {
@@ -155,7 +161,7 @@ static muonshard_status read_record(muonshard_optimizer *o) {
         (muonshard_step_result_info){.size = sizeof(muonshard_step_result_info),
                                      .step = o->step,
                                      .count = r.count,
-                                     .skipped = r.skip != 0,
+                                     .skipped = r.skip && !r.failed,
                                      .grad_norm = r.grad_norm,
                                      .clip_factor = (double)r.clip_factor};
     o->failed = r.failed != 0;
@@ -170,12 +176,14 @@ static muonshard_status run_resolve(muonshard_optimizer *o, const op *operation)
                          .word_count = o->comm->size,
                          .stride = o->word_stride,
                          .tensor_count = o->registry.tensor_count,
+                         .equal = o->word_stride - 1,
                          .skip_if_absent = m->skip_if_absent,
                          .active = m->active,
                          .sum_index = m->sum_index,
                          .sum_count = o->sum_count,
                          .total = m->totals,
                          .scale = o->grad_scale / mean,
+                         .sum_scale = o->grad_scale / mean,
                          .clip_norm = o->settings->clip_norm,
                          .record = o->agree_comm ? NULL : m->record};
     TRY(from_backend(o, o->backend->ops->resolve(o->backend, &args)));
@@ -184,6 +192,8 @@ static muonshard_status run_resolve(muonshard_optimizer *o, const op *operation)
         args.words = m->totals + 4;
         args.word_count = o->agree_comm->size;
         args.stride = 2;
+        args.equal = 0;
+        args.sum_scale = 1.0;
         args.tensor_count = 0;
         args.sum_index = m->sum_index + o->sum_count;
         args.sum_count = (size_t)o->agree_comm->size;
@@ -213,7 +223,7 @@ static muonshard_status run_orthogonalize(muonshard_optimizer *o, const op *oper
                                 work->orthogonalize + i, at_once, o->memory.newton_schulz)));
         TRY(step_progress(o));
     }
-    if (!o->results[o->step % STEP_RESULTS].skipped)
+    if (!o->failed && !o->results[o->step % STEP_RESULTS].skipped)
         o->stats.ns_flops += (double)work->owned * ns_program_flops(work->program, b->m, b->n);
     return MUONSHARD_OK;
 }
@@ -346,7 +356,7 @@ static muonshard_status run_op(muonshard_optimizer *o, size_t index) {
     return MUONSHARD_OK;
 }
 
-void step_begin(muonshard_optimizer *o) {
+muonshard_status step_begin(muonshard_optimizer *o) {
     o->next = 0;
     o->step++;
     o->open = true;
@@ -354,34 +364,72 @@ void step_begin(muonshard_optimizer *o) {
     o->failed = false;
     o->step_status = MUONSHARD_OK;
     memset(o->ready, 0, o->first_entry[o->registry.tensor_count]);
+    /* What travels now lands where the last step's updates are read. */
+    return from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMPUTE, STREAM_COMM));
 }
 
-static muonshard_status finish(muonshard_optimizer *o) {
-    comm_mark(o->comm, 0, "between steps");
-    o->open = false;
-    o->stats.steps++;
-    o->stats.time_step += now_s() - o->began;
-    const muonshard_step_result_info *r = &o->results[o->step % STEP_RESULTS];
-    o->stats.skipped += r->skipped && !o->failed;
-    o->stats.grad_norm = r->grad_norm;
-    if (o->failed) { /* everybody knows; the text is the lowest failing rank's */
-        muonshard_comm *over = o->agree_comm ? o->agree_comm : o->comm;
-        return comm_agree(over, o->step_status, &o->error);
-    }
-    const int64_t every = o->settings->check_replicas;
-    if (every && o->step % every == 0) {
-        const muonshard_status status = replicas_check(o);
-        return status ? step_kill(o, status, &o->error) : MUONSHARD_OK;
-    }
+/* A rank without an error of its own may have been given other values than rank 0. */
+static muonshard_status compare_values(muonshard_optimizer *o) {
+    const double outside = o->comm->options.timeout_s;
+    double first = o->fingerprint;
+    comm_mark(o->comm, o->step, "agreement on an error");
+    o->comm->options.timeout_s = deadline(o);
+    TRY(from_comm(o, o->comm, comm_broadcast(o->comm, &first, sizeof first, 0)));
+    o->comm->options.timeout_s = outside;
+    if (o->step_status == MUONSHARD_OK && first != o->fingerprint)
+        o->step_status = fail(&o->error, MUONSHARD_ERR_MISMATCH,
+                              "step: learning rates, momentum, weight decay or grad_scale differ "
+                              "from rank 0's");
     return MUONSHARD_OK;
 }
 
+/* Everybody knows that some rank failed; the text is the lowest one's. */
+static muonshard_status agree_on_failure(muonshard_optimizer *o) {
+    TRY(compare_values(o));
+    muonshard_comm *over = o->agree_comm ? o->agree_comm : o->comm;
+    const double outside = over->options.timeout_s;
+    comm_mark(over, o->step, "agreement on an error");
+    over->options.timeout_s = deadline(o);
+    const muonshard_status status = comm_agree(over, o->step_status, &o->error);
+    over->options.timeout_s = outside;
+    return over->dead ? step_kill(o, status, &over->error) : status;
+}
+
+static muonshard_status check_replicas(muonshard_optimizer *o) {
+    const double outside = o->comm->options.timeout_s;
+    comm_mark(o->comm, o->step, "comparison of replicas");
+    o->comm->options.timeout_s = deadline(o);
+    const muonshard_status status = replicas_check(o);
+    o->comm->options.timeout_s = outside;
+    return status ? step_kill(o, status, &o->error) : MUONSHARD_OK;
+}
+
+static muonshard_status finish(muonshard_optimizer *o) {
+    o->open = false;
+    o->stats.steps++;
+    const muonshard_step_result_info *r = &o->results[o->step % STEP_RESULTS];
+    o->stats.skipped += r->skipped;
+    o->stats.grad_norm = r->grad_norm;
+    const int64_t every = o->settings->check_replicas;
+    muonshard_status status = MUONSHARD_OK;
+    if (o->failed)
+        status = agree_on_failure(o);
+    else if (every && o->step % every == 0)
+        status = check_replicas(o);
+    comm_mark(o->comm, 0, "between steps");
+    return status;
+}
+
 muonshard_status step_run_until(muonshard_optimizer *o, size_t end) {
+    const double start = now_s();
     while (o->next < end) {
         TRY(run_op(o, o->next));
         o->next++;
     }
-    return o->next == o->schedule.count && o->open ? finish(o) : MUONSHARD_OK;
+    const bool last = o->next == o->schedule.count && o->open;
+    const muonshard_status status = last ? finish(o) : MUONSHARD_OK;
+    o->stats.time_step += now_s() - start;
+    return status;
 }
 
 /* All tensors whose gradients the bucket sends are marked. */

@@ -53,10 +53,14 @@ void trace_op(trace *t, const op *o, int64_t step, double start, double end) {
         return;
     char name[64];
     op_label(o, name, sizeof name);
+    /* ns as integers: a decimal point would depend on the locale */
+    const long long at = (long long)(1e9 * (start - t->zero)),
+                    length = (long long)(1e9 * (end - start));
     fprintf(t->file,
-            ",\n{\"name\":\"%s\",\"ph\":\"X\",\"pid\":%d,\"tid\":%d,\"ts\":%.3f,\"dur\":%.3f,"
+            ",\n{\"name\":\"%s\",\"ph\":\"X\",\"pid\":%d,\"tid\":%d,\"ts\":%lld.%03lld,\"dur\":%"
+            "lld.%03lld,"
             "\"args\":{\"step\":%lld}}",
-            name, t->rank, (int)o->stream, 1e6 * (start - t->zero), 1e6 * (end - start),
+            name, t->rank, (int)o->stream, at / 1000, at % 1000, length / 1000, length % 1000,
             (long long)step);
 }
 
