@@ -91,7 +91,8 @@ const muonshard_param settings_table[] = {
     REAL("adam.lr_scale", adam_lr_scale, "1", 0, 1e6,
          "Factor of lr that gives adam.lr where that is auto."),
     REAL("adam.weight_decay", adam_weight_decay, "auto", 0, 1e6,
-         "Weight decay of element-wise tensors, W *= 1 - lr wd; auto: weight_decay."),
+         "Weight decay of element-wise tensors, W *= 1 - lr wd; auto: weight_decay; 0.01 without a "
+         "preset."),
     REAL("adam.beta1", adam_beta1, "0.9", 0, 0.999999, "m = beta1 m + (1-beta1) g."),
     REAL("adam.beta2", adam_beta2, "0.999", 0, 0.999999, "v = beta2 v + (1-beta2) g^2."),
     REAL("adam.eps", adam_eps, "1e-8", 1e-30, 1, "eps of AdamW's denominator."),

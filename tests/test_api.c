@@ -17,7 +17,7 @@ typedef struct fixture {
     muonshard_comm *comm;
     muonshard_config *config;
     muonshard_optimizer *optimizer;
-    float w[2 * 4 * 6], g[2 * 4 * 6], b[5], gb[5];
+    float w[2 * 4 * 6 + 5], g[2 * 4 * 6], b[5], gb[5]; /* room for one more behind w */
 } fixture;
 
 static muonshard_tensor_desc stack_desc(fixture *f) {
@@ -193,6 +193,12 @@ static void test_bad_tensors(void **state) {
     assert_int_equal(id, 0);
     assert_int_equal(muonshard_add_tensor(f->optimizer, &good, &id), MUONSHARD_ERR_ARGUMENT);
     assert_non_null(strstr(muonshard_last_error(f->optimizer), "registered already"));
+    muonshard_tensor_desc tied = bias_desc(f);
+    tied.param = f->w + 47; /* its last element */
+    assert_int_equal(muonshard_add_tensor(f->optimizer, &tied, &id), MUONSHARD_ERR_ARGUMENT);
+    assert_non_null(strstr(muonshard_last_error(f->optimizer), "overlaps that of 'stack'"));
+    tied.param = f->w + 48;
+    assert_int_equal(muonshard_add_tensor(f->optimizer, &tied, &id), MUONSHARD_OK);
 }
 
 static void test_sizes_of_structs(void **state) {

@@ -1,68 +1,14 @@
-/* The step at several ranks, which are threads here: the bits table, invariants and what one rank
- * can do to the others. */
+/* The step at several ranks, which are threads here: the bits table and the invariants of a step.
+ */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
-#include "comm_threads.h"
-#include "step_rig.h"
+#include "ranks_fixture.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
 #include <cmocka.h>
-
-enum { MAX_RANKS = 4 };
-
-typedef struct outcome {
-    const rig_case *setup[MAX_RANKS];             /* [0] where a rank has none of its own */
-    void (*between)(rig *r, struct outcome *out); /* in place of plain steps */
-    uint64_t digest[MAX_RANKS];
-    muonshard_status status[MAX_RANKS];
-    char message[MAX_RANKS][1024];
-    muonshard_step_result_info result[MAX_RANKS];
-    float *kept[RIG_MAX_TENSORS]; /* rank 0's final parameters, own */
-    bool keep;
-    double number[MAX_RANKS];
-} outcome;
-
-static void run_case(muonshard_comm *comm, void *arg) {
-    outcome *out = arg;
-    const int rank = muonshard_comm_rank(comm);
-    rig r;
-    rig_open(&r, comm, out->setup[rank] ? out->setup[rank] : out->setup[0]);
-    if (out->between) {
-        out->between(&r, out);
-    } else {
-        for (int i = 0; i < r.setup->steps && r.status == MUONSHARD_OK; i++) {
-            rig_gradients(&r);
-            rig_step(&r);
-        }
-    }
-    out->digest[rank] = rig_digest(&r);
-    out->status[rank] = r.status;
-    memcpy(out->message[rank], r.message, sizeof r.message);
-    for (size_t i = 0; out->keep && rank == 0 && i < r.setup->count; i++) {
-        out->kept[i] = malloc(r.elements[i] * sizeof(float));
-        memcpy(out->kept[i], r.params[i], r.elements[i] * sizeof(float));
-    }
-    rig_close(&r);
-}
-
-/* The digest all ranks have in common. */
-static uint64_t digest_at(int ranks, const rig_case *setup) {
-    outcome out = {.setup = {setup}};
-    assert_int_equal(threads_run(ranks, run_case, &out), MUONSHARD_OK);
-    for (int r = 0; r < ranks; r++) {
-        assert_int_equal(out.status[r], MUONSHARD_OK);
-        assert_true(out.digest[r] == out.digest[0]);
-    }
-    return out.digest[0];
-}
-
-static rig_case zoo_case(const char *yaml) {
-    return (rig_case){.tensors = rig_zoo, .count = rig_zoo_count, .yaml = yaml, .steps = 3};
-}
 
 /* ---- bits ---- */
 
@@ -120,8 +66,8 @@ static void test_ownership_changes_no_bit(void **state) {
     const rig_case two = {.tensors = moved, .count = COUNT + 1, .yaml = "", .steps = 3};
     for (int n = 1; n <= MAX_RANKS; n++) {
         outcome a = {.setup = {&one}, .keep = true}, b = {.setup = {&two}, .keep = true};
-        assert_int_equal(threads_run(n, run_case, &a), MUONSHARD_OK);
-        assert_int_equal(threads_run(n, run_case, &b), MUONSHARD_OK);
+        assert_int_equal(threads_run(n, ranks_run, &a), MUONSHARD_OK);
+        assert_int_equal(threads_run(n, ranks_run, &b), MUONSHARD_OK);
         for (size_t i = 0; i < COUNT; i++)
             assert_memory_equal(a.kept[i], b.kept[i < COUNT - 1 ? i : COUNT],
                                 12 * 20 * sizeof(float));
@@ -177,13 +123,13 @@ static void test_a_split_batch_takes_the_same_step(void **state) {
             outcome split = {.setup = {&setup}, .keep = true};
             outcome whole = {
                 .setup = {&setup}, .keep = true, .between = step_whole_batch, .number = {n}};
-            assert_int_equal(threads_run(n, run_case, &split), MUONSHARD_OK);
-            assert_int_equal(threads_run(1, run_case, &whole), MUONSHARD_OK);
+            assert_int_equal(threads_run(n, ranks_run, &split), MUONSHARD_OK);
+            assert_int_equal(threads_run(1, ranks_run, &whole), MUONSHARD_OK);
             outcome start = {.setup = {&setup}, .keep = true, .between = NULL};
             rig_case none = setup;
             none.steps = 0;
             start.setup[0] = &none;
-            assert_int_equal(threads_run(1, run_case, &start), MUONSHARD_OK);
+            assert_int_equal(threads_run(1, ranks_run, &start), MUONSHARD_OK);
             for (size_t i = 0; i < setup.count; i++) {
                 double difference = 0.0, length = 0.0;
                 size_t elements = 1;
@@ -244,7 +190,7 @@ static void test_zero_gradients_move_nothing(void **state) {
     const uint64_t before = digest_at(1, &none);
     for (int n = 1; n <= MAX_RANKS; n++) {
         outcome out = {.setup = {&setup}, .between = zero_gradients};
-        assert_int_equal(threads_run(n, run_case, &out), MUONSHARD_OK);
+        assert_int_equal(threads_run(n, ranks_run, &out), MUONSHARD_OK);
         for (int r = 0; r < n; r++) {
             assert_int_equal(out.status[r], MUONSHARD_OK);
             assert_true(out.digest[r] == before);
@@ -294,7 +240,7 @@ static void test_non_finite_gradient_skips_everywhere(void **state) {
                                         : -INFINITY,
                            (int)t % n};
             outcome out = {.setup = {&setup}, .between = skip_one};
-            assert_int_equal(threads_run(n, run_case, &out), MUONSHARD_OK);
+            assert_int_equal(threads_run(n, ranks_run, &out), MUONSHARD_OK);
             for (int r = 0; r < n; r++) {
                 assert_int_equal(out.status[r], MUONSHARD_OK);
                 assert_true(out.number[r] == 0.0); /* no byte moved in the skipped step */
@@ -305,141 +251,6 @@ static void test_non_finite_gradient_skips_everywhere(void **state) {
             }
         }
     }
-}
-
-/* ---- what one rank does wrong, all ranks hear of ---- */
-
-/* All ranks: the same status; a text that holds `part`. */
-static void assert_all_fail(outcome *out, int ranks, muonshard_status status, const char *part) {
-    assert_int_equal(threads_run(ranks, run_case, out), MUONSHARD_OK);
-    for (int r = 0; r < ranks; r++) {
-        if (out->status[r] != status || !strstr(out->message[r], part))
-            fail_msg("rank %d: %d '%s'; wanted %d '%s'", r, out->status[r], out->message[r], status,
-                     part);
-    }
-}
-
-static void test_different_configs(void **state) {
-    (void)state;
-    const rig_case same = zoo_case("{preset: jordan, lr: 0.5}");
-    const rig_case other = zoo_case("{preset: jordan, lr: 0.25}");
-    outcome out = {.setup = {&same, NULL, &other}};
-    assert_all_fail(&out, 3, MUONSHARD_ERR_MISMATCH, "lr");
-}
-
-static void test_different_tensors(void **state) {
-    (void)state;
-    rig_tensor changed[RIG_MAX_TENSORS];
-    memcpy(changed, rig_zoo, rig_zoo_count * sizeof *changed);
-    changed[2].shape[1] = 97;
-    const rig_case same = zoo_case("");
-    rig_case other = zoo_case("");
-    other.tensors = changed;
-    outcome shape = {.setup = {&same, NULL, NULL, &other}};
-    assert_all_fail(&shape, 4, MUONSHARD_ERR_MISMATCH, "wide");
-    other.tensors = rig_zoo;
-    other.count = rig_zoo_count - 1;
-    outcome fewer = {.setup = {&same, &other}};
-    assert_all_fail(&fewer, 2, MUONSHARD_ERR_MISMATCH, "bias");
-    outcome more = {.setup = {&other, &same}};
-    assert_all_fail(&more, 2, MUONSHARD_ERR_MISMATCH, "bias");
-}
-
-static void commit_other_params(muonshard_comm *comm, void *arg) {
-    outcome *out = arg;
-    const int rank = muonshard_comm_rank(comm);
-    rig r;
-    rig_prepare(&r, comm, out->setup[0]);
-    if (rank == 1)
-        r.params[3][5] += 1.0F;
-    const muonshard_status status = muonshard_commit(r.optimizer, out->setup[0]->sync);
-    out->status[rank] = status;
-    snprintf(out->message[rank], sizeof out->message[rank], "%s",
-             muonshard_last_error(r.optimizer));
-    out->digest[rank] = rig_digest(&r);
-    rig_close(&r);
-}
-
-static void test_sync_params(void **state) {
-    (void)state;
-    rig_case setup = zoo_case("");
-    outcome out = {.setup = {&setup}};
-    assert_int_equal(threads_run(3, commit_other_params, &out), MUONSHARD_OK);
-    for (int r = 0; r < 3; r++) {
-        assert_int_equal(out.status[r], MUONSHARD_ERR_MISMATCH);
-        assert_non_null(strstr(out.message[r], "'tall' on rank 1"));
-    }
-    setup.sync = MUONSHARD_SYNC_BROADCAST;
-    outcome broadcast = {.setup = {&setup}};
-    assert_int_equal(threads_run(3, commit_other_params, &broadcast), MUONSHARD_OK);
-    for (int r = 0; r < 3; r++) {
-        assert_int_equal(broadcast.status[r], MUONSHARD_OK);
-        assert_true(broadcast.digest[r] == out.digest[0]);
-    }
-    setup.sync = MUONSHARD_SYNC_NONE;
-    outcome none = {.setup = {&setup}};
-    assert_int_equal(threads_run(3, commit_other_params, &none), MUONSHARD_OK);
-    assert_int_equal(none.status[1], MUONSHARD_OK);
-    assert_true(none.digest[1] != none.digest[0]);
-}
-
-static void step_without_gradient(rig *r, outcome *out) {
-    const int rank = muonshard_comm_rank(r->comm);
-    rig_gradients(r);
-    rig_step(r);
-    const uint64_t before = rig_digest(r);
-    rig_gradients(r);
-    if (rank == 1)
-        muonshard_set_grad(r->optimizer, 2, NULL);
-    rig_step(r);
-    out->number[rank] = rig_digest(r) != before;
-    if (rank == 1)
-        muonshard_set_grad(r->optimizer, 2, r->grads[2]);
-    /* The handle is alive: the next step is a step. */
-    if (muonshard_step(r->optimizer, NULL) != MUONSHARD_OK || rig_digest(r) == before)
-        out->number[rank] = 2;
-}
-
-static void test_local_error_in_step_is_everybodys(void **state) {
-    (void)state;
-    const rig_case setup = zoo_case("");
-    outcome out = {.setup = {&setup}, .between = step_without_gradient};
-    assert_all_fail(&out, 3, MUONSHARD_ERR_ARGUMENT, "'wide' is NULL");
-    for (int r = 0; r < 3; r++)
-        assert_true(out.number[r] == 0.0);
-}
-
-static void step_with_bad_lr(rig *r, outcome *out) {
-    (void)out;
-    const int rank = muonshard_comm_rank(r->comm);
-    muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
-    if (rank == 2)
-        args.lr = -1.0;
-    r->status = muonshard_step(r->optimizer, &args);
-    snprintf(r->message, sizeof r->message, "%s", muonshard_last_error(r->optimizer));
-}
-
-static void test_bad_argument_on_one_rank(void **state) {
-    (void)state;
-    const rig_case setup = zoo_case("");
-    outcome out = {.setup = {&setup}, .between = step_with_bad_lr};
-    assert_all_fail(&out, 3, MUONSHARD_ERR_ARGUMENT, "lr is -1");
-}
-
-static void drift(rig *r, outcome *out) {
-    (void)out;
-    rig_gradients(r);
-    rig_step(r);
-    if (muonshard_comm_rank(r->comm) == 1)
-        r->params[4][0] += 1e-3F;
-    rig_step(r);
-}
-
-static void test_replicas_that_drift_are_found(void **state) {
-    (void)state;
-    const rig_case setup = zoo_case("check_replicas: 2");
-    outcome out = {.setup = {&setup}, .between = drift};
-    assert_all_fail(&out, 2, MUONSHARD_ERR_MISMATCH, "'prime' on rank 1");
 }
 
 /* ---- null gradients ---- */
@@ -464,7 +275,7 @@ static void some_have_none(rig *r, outcome *out) {
 /* number[0]: the rank without (-1: all); number[1]: 1 for zeros in the place of NULL. */
 static uint64_t digest_with_absent(int ranks, const rig_case *setup, int without, bool zeros) {
     outcome out = {.setup = {setup}, .between = some_have_none, .number = {without, zeros}};
-    assert_int_equal(threads_run(ranks, run_case, &out), MUONSHARD_OK);
+    assert_int_equal(threads_run(ranks, ranks_run, &out), MUONSHARD_OK);
     for (int r = 0; r < ranks; r++) {
         assert_int_equal(out.status[r], MUONSHARD_OK);
         assert_true(out.digest[r] == out.digest[0]);
@@ -544,30 +355,6 @@ static void test_groups_agree_on_norm_and_skip(void **state) {
     }
 }
 
-/* ---- no wait is endless ---- */
-
-static void one_leaves(rig *r, outcome *out) {
-    const int rank = muonshard_comm_rank(r->comm);
-    rig_gradients(r);
-    rig_step(r);
-    if (rank == 1)
-        return;
-    rig_step(r);
-    out->number[rank] = muonshard_step(r->optimizer, NULL); /* dead, at once */
-}
-
-static void test_a_rank_that_leaves_is_missed(void **state) {
-    (void)state;
-    const rig_case setup = zoo_case("{timeout: 0.3}");
-    outcome out = {.setup = {&setup}, .between = one_leaves};
-    assert_int_equal(threads_run(2, run_case, &out), MUONSHARD_OK);
-    assert_int_equal(out.status[1], MUONSHARD_OK);
-    assert_int_equal(out.status[0], MUONSHARD_ERR_TIMEOUT);
-    assert_non_null(strstr(out.message[0], "rank 0 of 2"));
-    assert_non_null(strstr(out.message[0], "step 2, reduce-scatter bucket 0"));
-    assert_true(out.number[0] == MUONSHARD_ERR_TIMEOUT);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rerun_and_wave_size_change_no_bit),
@@ -579,15 +366,8 @@ int main(void) {
         cmocka_unit_test(test_few_tensors),
         cmocka_unit_test(test_zero_gradients_move_nothing),
         cmocka_unit_test(test_non_finite_gradient_skips_everywhere),
-        cmocka_unit_test(test_different_configs),
-        cmocka_unit_test(test_different_tensors),
-        cmocka_unit_test(test_sync_params),
-        cmocka_unit_test(test_local_error_in_step_is_everybodys),
-        cmocka_unit_test(test_bad_argument_on_one_rank),
-        cmocka_unit_test(test_replicas_that_drift_are_found),
         cmocka_unit_test(test_null_on_some_ranks_counts_as_zero),
         cmocka_unit_test(test_groups_agree_on_norm_and_skip),
-        cmocka_unit_test(test_a_rank_that_leaves_is_missed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <xxhash.h>
 
@@ -43,6 +44,20 @@ static muonshard_status build(muonshard_optimizer **out, muonshard_comm *comm,
     return open_backend(o, error);
 }
 
+/* `auto` may find a device on one rank and none on another. */
+static muonshard_status check_backends(const muonshard_optimizer *o, error_text *error) {
+    char first[32] = "";
+    const char *own = o->backend->ops->name;
+    snprintf(first, sizeof first, "%s", own);
+    const muonshard_status sent = comm_broadcast(o->comm, first, sizeof first, 0);
+    FAIL_IF(sent, error, sent, "%s", o->comm->error.text);
+    muonshard_status status = MUONSHARD_OK;
+    if (strcmp(first, own) != 0)
+        status = fail(error, MUONSHARD_ERR_MISMATCH, "backend %s here, %s on rank 0; set `backend`",
+                      own, first);
+    return comm_agree(o->comm, status, error);
+}
+
 muonshard_status muonshard_create(muonshard_comm *comm, const muonshard_config *config,
                                   const muonshard_options *options, muonshard_optimizer **out) {
     if (!comm)
@@ -57,6 +72,7 @@ muonshard_status muonshard_create(muonshard_comm *comm, const muonshard_config *
                                   : fail(&error, MUONSHARD_ERR_ARGUMENT, "optimizer is NULL");
     TRY_GOTO(comm_agree(comm, status, &error), failed);
     TRY_GOTO(config_check_equal(o->config, comm, &error), failed);
+    TRY_GOTO(check_backends(o, &error), failed);
     *out = o;
     return MUONSHARD_OK;
 failed:
