@@ -70,7 +70,7 @@ fault() {
     else
         [ $code -eq "$expected" ] || failed "$name: exit code $code, wanted $expected"
         [ "$(grep -c '^muonshard: rank ' stderr)" -eq 1 ] || failed "$name: not one line of ours"
-        grep -q "^muonshard: rank .* of $ranks .*step [0-9]*, .*no completion within $deadline s.*rank $rank: .*(stopped)" stderr ||
+        grep -q "^muonshard: rank .* of $ranks .*: .*: no completion within $deadline s.*rank $rank: .*(stopped)" stderr ||
             failed "$name: the line does not say who was where"
     fi
     sleep 0.3

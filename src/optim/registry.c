@@ -121,10 +121,10 @@ static muonshard_status grow(void *array, size_t *capacity, size_t needed, size_
         n *= 2;
     void *block;
     memcpy(&block, array, sizeof block);
-    block = realloc(block, n * item);
-    if (!block)
+    void *bigger = realloc(block, n * item);
+    if (!bigger)
         return MUONSHARD_ERR_MEMORY;
-    memcpy(array, &block, sizeof block);
+    memcpy(array, &bigger, sizeof bigger);
     *capacity = n;
     return MUONSHARD_OK;
 }
