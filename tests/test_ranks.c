@@ -299,62 +299,6 @@ static void test_null_on_some_ranks_counts_as_zero(void **state) {
                 digest_with_absent(2, &setup, -1, true));
 }
 
-/* ---- groups of groups ---- */
-
-/* Each rank a group of its own, agreeing with the others. */
-static void run_groups(muonshard_comm *world, void *arg) {
-    outcome *out = arg;
-    const int rank = muonshard_comm_rank(world);
-    float w[6] = {1, 2, 3, 4, 5, 6}, g[6] = {0};
-    for (int i = 0; i < 6; i++)
-        g[i] = (float)(rank + 1);
-    muonshard_comm *self = NULL;
-    muonshard_config *config = NULL;
-    muonshard_optimizer *optimizer = NULL;
-    muonshard_options options = MUONSHARD_OPTIONS_INIT;
-    options.agree_comm = world;
-    muonshard_tensor_desc d = MUONSHARD_TENSOR_DESC_INIT;
-    d.name = "w";
-    d.role = MUONSHARD_ROLE_MATRIX;
-    d.dims = 2;
-    d.shape[0] = 2;
-    d.shape[1] = 3;
-    d.param = w;
-    d.grad = g;
-    muonshard_status status = muonshard_comm_create_self(NULL, &self);
-    status = status ? status : muonshard_config_create(&config);
-    status = status ? status : muonshard_create(self, config, &options, &optimizer);
-    status = status ? status : muonshard_add_tensor(optimizer, &d, NULL);
-    status = status ? status : muonshard_commit(optimizer, MUONSHARD_SYNC_CHECK);
-    status = status ? status : muonshard_step(optimizer, NULL);
-    out->result[rank] = (muonshard_step_result_info)MUONSHARD_STEP_RESULT_INIT;
-    status = status ? status : muonshard_step_result(optimizer, 0, 1, &out->result[rank]);
-    out->number[rank] = out->result[rank].grad_norm;
-    const float before = w[0];
-    if (rank == 1)
-        g[3] = NAN;
-    status = status ? status : muonshard_step(optimizer, NULL);
-    status = status ? status : muonshard_step_result(optimizer, 0, 1, &out->result[rank]);
-    out->digest[rank] = w[0] == before;
-    out->status[rank] = status;
-    muonshard_destroy(optimizer);
-    muonshard_config_destroy(config);
-    muonshard_comm_destroy(self);
-}
-
-static void test_groups_agree_on_norm_and_skip(void **state) {
-    (void)state;
-    outcome out = {.keep = false};
-    assert_int_equal(threads_run(3, run_groups, &out), MUONSHARD_OK);
-    for (int r = 0; r < 3; r++) {
-        assert_int_equal(out.status[r], MUONSHARD_OK);
-        assert_true(fabs(out.number[r] - sqrt(6.0 * (1 + 4 + 9))) < 1e-12);
-        assert_true(out.result[r].skipped);
-        assert_int_equal(out.result[r].count, 1);
-        assert_int_equal(out.digest[r], 1);
-    }
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rerun_and_wave_size_change_no_bit),
@@ -367,7 +311,6 @@ int main(void) {
         cmocka_unit_test(test_zero_gradients_move_nothing),
         cmocka_unit_test(test_non_finite_gradient_skips_everywhere),
         cmocka_unit_test(test_null_on_some_ranks_counts_as_zero),
-        cmocka_unit_test(test_groups_agree_on_norm_and_skip),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

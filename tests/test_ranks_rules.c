@@ -270,7 +270,14 @@ static void run_pairs(muonshard_comm *world, void *arg) {
                         muonshard_step(o, &args) == MUONSHARD_ERR_ARGUMENT &&
                         strstr(muonshard_last_error(o), "lr is -1") != NULL;
     args.lr = 0.1; /* and the handles live on */
-    out->status[rank] = status ? status : muonshard_step(o, &args);
+    status = status ? status : muonshard_step(o, &args);
+    /* A gradient of one rank of one group: both groups skip. */
+    const float before = w[0];
+    grad[3] = rank == 1 ? NAN : grad[3];
+    status = status ? status : muonshard_step(o, &args);
+    status = status ? status : muonshard_step_result(o, 0, 1, &result);
+    out->digest[rank] = out->digest[rank] && result.skipped && result.count == 2 && w[0] == before;
+    out->status[rank] = status;
     muonshard_destroy(o);
     muonshard_comm_destroy(comm);
     free(g);
