@@ -89,6 +89,11 @@ succeeds "muonshard_mpi.h as c++17" c++ -std=c++17 -DOMPI_SKIP_MPICXX -fsyntax-o
 
 lines=$(wc -l <"$source/tests/consumer/consumer.c")
 [ "$lines" -lt 80 ] && passed "consumer.c has $lines lines" || failed "consumer.c" "$lines lines, not under 80"
+if sed -n '/^```c$/,/^```$/{/^```/!p}' "$source/docs/integrate.md" | cmp - "$source/tests/consumer/consumer.c" >log 2>&1; then
+    passed "docs/integrate.md shows the same program"
+else
+    failed "docs/integrate.md shows another program" "$(cat log)"
+fi
 
 mkdir package make
 succeeds "find_package: configure" cmake -S "$source/tests/consumer" -B package -DCMAKE_PREFIX_PATH="$prefix" &&

@@ -116,7 +116,7 @@ void comm_mark(muonshard_comm *comm, int64_t step, const char *format, ...) PRIV
 muonshard_status comm_die(muonshard_comm *comm, muonshard_status status, const char *format, ...)
     PRIVATE_API(comm_die) __attribute__((format(printf, 3, 4)));
 void comm_log(muonshard_comm *comm, muonshard_log_level level, const char *format, ...)
-    PRIVATE_API(comm_log) __attribute__((format(printf, 3, 4)));
+    __attribute__((format(printf, 3, 4)));
 /* A create call that fails leaves no handle to keep the text: it goes to the log of `options`.
  * Returns `status`. */
 muonshard_status comm_refuse(const muonshard_comm_options *options, muonshard_status status,
