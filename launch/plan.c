@@ -15,6 +15,8 @@
 
 static const command_option options[] = {
     {"--ranks", COMMAND_VALUE, false, "N[,N...]", "world sizes to plan for (default 1)"},
+    {"--machine", COMMAND_VALUE, false, "FILE",
+     "links and rates to predict times from; not in this version"},
     {"--schedule", COMMAND_FLAG, false, NULL, "print the array of operations"},
 };
 
@@ -203,6 +205,10 @@ int command_plan(int argc, char **argv) {
         const char *ranks = command_option_value(&usage, &args, "--ranks");
         status = read_ranks(&p, ranks ? ranks : "1", message);
     }
+    if (status == MUONSHARD_OK && command_option_given(&usage, &args, "--machine").count)
+        status = message_fail(message, MUONSHARD_ERR_UNSUPPORTED,
+                              "--machine: this version predicts no times; without it, plan shows "
+                              "owners, bytes, memory and the schedule");
     if (status == MUONSHARD_OK)
         status = load(&p, args.positional[0], &args, message);
     if (status == MUONSHARD_OK)

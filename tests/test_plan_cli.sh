@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# muonshard plan from outside: figures that follow from a model's shapes alone, the printed schedule, and what it refuses.
+#   test_plan_cli.sh MUONSHARD MODELS
+set -u
+
+muonshard=$(realpath "$1") || exit 1
+models=$(realpath "$2") || exit 1
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+
+failures=0
+failed() {
+    failures=$((failures + 1))
+    echo "FAIL  $1"
+    sed 's/^/      /' stdout stderr
+}
+# says NAME PATTERN: a line of the last output matches the extended regular expression
+says() { if grep -qE -- "$2" stdout; then echo "ok    $1"; else failed "$1: no line matches $2"; fi; }
+plan() { "$muonshard" plan "$@" >stdout 2>stderr || failed "plan $*: exit code $?"; }
+# refused NAME CODE PATTERN ARGUMENT...
+refused() {
+    local name=$1 code=$2 pattern=$3
+    shift 3
+    "$muonshard" plan "$@" >stdout 2>stderr
+    local got=$?
+    if [ $got -eq "$code" ] && [ "$(wc -l <stderr)" -eq 1 ] && grep -qF -- "$pattern" stderr && [ ! -s stdout ]; then
+        echo "ok    $name"
+    else
+        failed "$name: exit code $got, wanted $code and one line with '$pattern'"
+    fi
+}
+
+# GPT-2 124M with 50304 tokens: 124475904 parameters; 12 x (3 + 1 + 1 + 1) matrices. NS5, symmetric products at half price, a
+# square C: 5 (1+1+2) C^3 flop; C x 4C: 5 (4+1+8) C^3.
+plan "$models/gpt2-124m.yaml" --ranks 1,4,8
+flop=$(awk 'BEGIN { c = 768 ^ 3; printf "%.3f", (48 * 5 * 4 + 24 * 5 * 13) * c * 1e-9 }')
+says "the model" "16 tensors, 124\.476 M parameters, 72 matrices, Newton-Schulz ${flop/./\\.} GFLOP"
+# 84.9 M parameters in matrices, fp32, momentum; 39.5 M element-wise ones in 604 chunks of 65536, twice.
+state() { awk -v n="$1" 'BEGIN { chunks = int((604 + n - 1) / n); printf "%.2f", (84934656 / n + 2 * chunks * 65536) * 4 / 1048576 }'; }
+says "1 rank: nothing travels" "^ +1 +73 +[0-9]+ +1\.000 +0\.00 +0\.00 .* $(state 1 | sed 's/\./\\./') "
+says "4 ranks" "^ +4 +19 +[0-9]+ +1\.000 +356\.25 +356\.25 .* $(state 4 | sed 's/\./\\./') "
+says "8 ranks" "^ +8 .* $(state 8 | sed 's/\./\\./') "
+
+cat >small.yaml <<'YAML'
+model: small
+tensors:
+  - {name: w, role: matrix, shape: [4, 8, 8]}
+  - {name: v, role: matrix, shape: [12, 8], row_splits: [8, 4]}
+  - {name: b, role: elementwise, shape: [5]}
+YAML
+plan small.yaml --ranks 2 --schedule
+says "a wave as it lies" "reduce-scatter bucket 0 +comm"
+for operation in "measure bucket 0" agree resolve momentum orthogonalize adam all-gather apply; do
+    says "$operation" " $operation"
+done
+awk '/^ +[0-9]+ +[a-z]/ { if ($1 != rows) bad = 1; rows++ } END { exit bad || rows <= 10 }' stdout &&
+    echo "ok    operations are numbered" || failed "operations are numbered"
+plan small.yaml --ranks 2 --schedule reduce=none
+says "reduce=none takes" " take bucket 0 +compute"
+grep -q reduce-scatter stdout && failed "reduce=none: a reduce-scatter"
+
+refused "no model" 11 "too few arguments"
+refused "missing file" 15 "missing.yaml" missing.yaml
+refused "unknown key" 12 "learning_rate" small.yaml learning_rate=1
+refused "no ranks" 11 "--ranks" small.yaml --ranks 0
+refused "ranks in words" 11 "--ranks" small.yaml --ranks two
+refused "a machine file" 21 "--machine" small.yaml --machine h100.yaml
+bad() { printf 'tensors:\n  - {%s}\n' "$1" >bad.yaml; }
+bad "name: w, role: matrix"; refused "no shape" 12 "'w' has no shape" bad.yaml
+bad "name: w, shape: [2, 2]"; refused "no role" 12 "'w' has no role" bad.yaml
+bad "name: w, role: moe, shape: [2, 2]"; refused "unknown role" 12 "role is 'moe'" bad.yaml
+bad "name: w, role: matrix, shape: [2, -2]"; refused "negative size" 12 "shape is '2,-2'" bad.yaml
+bad "name: w, role: matrix, shape: [2, 2], color: red"; refused "unknown word" 12 "unknown word 'color'" bad.yaml
+bad "name: w, role: matrix, shape: [7]"; refused "a vector as a matrix" 11 "1 dimensions" bad.yaml
+bad "name: w, role: matrix, shape: [4, 4], row_splits: [3, 2]"; refused "splits" 11 "row split 1 is 2" bad.yaml
+echo "model: empty" >bad.yaml
+refused "no tensors" 12 "tensors: the model has none" bad.yaml
+
+[ $failures -eq 0 ] || { echo "$failures failures"; exit 1; }
