@@ -246,8 +246,6 @@ static void make_buckets(builder *b) {
         bytes += wave_bytes;
         current->count++;
         current->packed = current->packed || w->packed;
-        if (current->count > p->reduce_slots)
-            p->reduce_slots = current->count;
     }
 }
 
@@ -263,8 +261,6 @@ static void lay_out(builder *b) {
         for (size_t i = 0; i < p->batches[k].count; i++)
             elements += n * p->waves[p->batches[k].first + i].slot;
         largest_batch = elements > largest_batch ? elements : largest_batch;
-        if (p->batches[k].count > p->gather_slots)
-            p->gather_slots = p->batches[k].count;
     }
     for (size_t k = 0; k < p->batch_count; k++) {
         size_t gather =

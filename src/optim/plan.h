@@ -70,7 +70,6 @@ typedef struct plan {
     /* arenas, elements a rank */
     size_t pack_elements, matrix_elements, owned_elements, largest_unpacked;
     size_t scratch_elements, gather_elements; /* the exchange arena is first this, then that */
-    size_t reduce_slots, gather_slots;        /* parts of the longest bucket and batch */
     /* a step, bytes a rank */
     size_t bytes_reduced, bytes_gathered, bytes_packed, bytes_padded;
     double imbalance; /* largest / mean Newton-Schulz cost over the ranks; 1 without matrices */

@@ -368,14 +368,22 @@ muonshard_status step_begin(muonshard_optimizer *o) {
     return from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMPUTE, STREAM_COMM));
 }
 
+/* Host messages at the end of a step wait no longer than its operations. Returns the deadline that
+ * holds outside of steps, to be put back. */
+static double enter_step_deadline(muonshard_optimizer *o, muonshard_comm *comm, const char *phase) {
+    const double outside = comm->options.timeout_s;
+    comm_mark(comm, o->step, "%s", phase);
+    comm->options.timeout_s = deadline(o);
+    return outside;
+}
+
 /* A rank without an error of its own may have been given other values than rank 0. */
 static muonshard_status compare_values(muonshard_optimizer *o) {
-    const double outside = o->comm->options.timeout_s;
     double first = o->fingerprint;
-    comm_mark(o->comm, o->step, "agreement on an error");
-    o->comm->options.timeout_s = deadline(o);
-    TRY(from_comm(o, o->comm, comm_broadcast(o->comm, &first, sizeof first, 0)));
+    const double outside = enter_step_deadline(o, o->comm, "agreement on an error");
+    const muonshard_status status = comm_broadcast(o->comm, &first, sizeof first, 0);
     o->comm->options.timeout_s = outside;
+    TRY(from_comm(o, o->comm, status));
     if (o->step_status == MUONSHARD_OK && first != o->fingerprint)
         o->step_status = fail(&o->error, MUONSHARD_ERR_MISMATCH,
                               "step: learning rates, momentum, weight decay or grad_scale differ "
@@ -387,18 +395,14 @@ static muonshard_status compare_values(muonshard_optimizer *o) {
 static muonshard_status agree_on_failure(muonshard_optimizer *o) {
     TRY(compare_values(o));
     muonshard_comm *over = o->agree_comm ? o->agree_comm : o->comm;
-    const double outside = over->options.timeout_s;
-    comm_mark(over, o->step, "agreement on an error");
-    over->options.timeout_s = deadline(o);
+    const double outside = enter_step_deadline(o, over, "agreement on an error");
     const muonshard_status status = comm_agree(over, o->step_status, &o->error);
     over->options.timeout_s = outside;
     return over->dead ? step_kill(o, status, &over->error) : status;
 }
 
 static muonshard_status check_replicas(muonshard_optimizer *o) {
-    const double outside = o->comm->options.timeout_s;
-    comm_mark(o->comm, o->step, "comparison of replicas");
-    o->comm->options.timeout_s = deadline(o);
+    const double outside = enter_step_deadline(o, o->comm, "comparison of replicas");
     const muonshard_status status = replicas_check(o);
     o->comm->options.timeout_s = outside;
     return status ? step_kill(o, status, &o->error) : MUONSHARD_OK;
