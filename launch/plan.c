@@ -17,13 +17,13 @@ static const command_option options[] = {
     {"--ranks", COMMAND_VALUE, false, "N[,N...]", "world sizes to plan for (default 1)"},
     {"--machine", COMMAND_VALUE, false, "FILE",
      "links and rates to predict times from; not in this version"},
-    {"--schedule", COMMAND_FLAG, false, NULL, "print the array of operations"},
+    {"--schedule", COMMAND_FLAG, false, NULL, "print owners and the array of operations"},
 };
 
 static const command_usage usage = {
     .name = "plan",
     .synopsis = "MODEL [--ranks N[,N...]] [--schedule] [key=value...]",
-    .doc = "Prints owners, bytes and memory a rank for a model file, at each world size.",
+    .doc = "Prints bytes, memory a rank and imbalance for a model file, at each world size.",
     .positional_min = 1,
     .positional_max = 1,
     .overrides = true,
@@ -145,6 +145,25 @@ static void print_row(const plan *q) {
            mib(work));
 }
 
+/* The ranks that own a tensor's matrices, in their order; or whose shards hold it. */
+static void print_owners(const registry *r, const plan *q) {
+    const size_t shown = 16;
+    printf("# owners\n");
+    for (size_t i = 0; i < r->tensor_count; i++) {
+        const tensor *t = &r->tensors[i];
+        if (t->role == MUONSHARD_ROLE_ELEMENTWISE) {
+            const size_t last = q->flat_offset[i] + t->elements - 1;
+            printf("  %-24s element-wise, shards of ranks %zu to %zu\n", t->name,
+                   q->flat_offset[i] / q->flat_shard, last / q->flat_shard);
+        } else if (t->role == MUONSHARD_ROLE_MATRIX) {
+            printf("  %-24s %zu matrices, ranks", t->name, t->view_count);
+            for (size_t v = 0; v < t->view_count && v < shown; v++)
+                printf(" %d", q->view_owner[t->first_view + v]);
+            printf(t->view_count > shown ? " ...\n" : "\n");
+        }
+    }
+}
+
 static void print_schedule(const plan *q, const schedule *s) {
     printf("# schedule for %d ranks\n#   op  %-24s %-8s waits_on  what\n", q->world_size,
            "operation", "stream");
@@ -186,8 +205,10 @@ static muonshard_status print_plans(const planner *p, bool with_schedule, char *
         if (status != MUONSHARD_OK)
             return message_fail(message, status, "%s", error.text);
         print_row(&q);
-        if (with_schedule)
+        if (with_schedule) {
+            print_owners(&p->registry, &q);
             print_schedule(&q, &s);
+        }
         schedule_free(&s);
         plan_free(&q);
     }

@@ -56,6 +56,9 @@ for operation in "measure bucket 0" agree resolve momentum orthogonalize adam al
 done
 awk '/^ +[0-9]+ +[a-z]/ { if ($1 != rows) bad = 1; rows++ } END { exit bad || rows <= 10 }' stdout &&
     echo "ok    operations are numbered" || failed "operations are numbered"
+says "owners of a stack" "^ +w +4 matrices, ranks 0 1 0 1$"
+says "owners of parts" "^ +v +2 matrices, ranks [01] [01]$"
+says "owners of shards" "^ +b +element-wise, shards of ranks 0 to 0$"
 plan small.yaml --ranks 2 --schedule reduce=none
 says "reduce=none takes" " take bucket 0 +compute"
 grep -q reduce-scatter stdout && failed "reduce=none: a reduce-scatter"

@@ -285,7 +285,7 @@ static void run_pairs(muonshard_comm *world, void *arg) {
 
 static void test_groups_of_ranks_agree(void **state) {
     (void)state;
-    static const int hundredths[] = {100, 50}; /* 50: fails until sums travel scaled */
+    static const int hundredths[] = {100, 50}; /* grad_scale of the second group */
     for (size_t i = 0; i < 2; i++) {
         outcome out = {.variant = hundredths[i]};
         assert_int_equal(threads_run(4, run_pairs, &out), MUONSHARD_OK);

@@ -338,7 +338,8 @@ static muonshard_status compare_plans(muonshard_optimizer *o) {
     if (!any)
         return MUONSHARD_OK;
     TRY(name_different_tensor(o));
-    return fail(&o->error, MUONSHARD_ERR_MISMATCH, "the ranks' plans differ for the same tensors");
+    return fail(&o->error, MUONSHARD_ERR_MISMATCH,
+                "the ranks' plans differ for the same tensors, or agree_comm is not given on all");
 }
 
 static muonshard_status prepare(muonshard_optimizer *o) {

@@ -15,11 +15,10 @@
 typedef struct workspace {
     float *
         owned; /* [owned_elements] summed gradients of what this rank owns, then U in their place */
-    float *momentum; /* [matrix_elements] state */
-    float *pack;     /* [pack_elements] gradients that had to be copied to be sent */
-    float *exchange; /* scratch of reduce-scatters; once they are done, what is gathered */
-    float *
-        zeros; /* [largest_unpacked] sent in the place of a NULL gradient; made when first needed */
+    float *momentum;        /* [matrix_elements] state */
+    float *pack;            /* [pack_elements] gradients that had to be copied to be sent */
+    float *exchange;        /* scratch of reduce-scatters; once they are done, what is gathered */
+    float *zeros;           /* [largest_unpacked] sent in the place of a NULL gradient */
     float *flat_m, *flat_v; /* [flat_shard] AdamW state */
     float *flat_w;          /* [flat_shard] parameters of the shard, while a step updates them */
     void *newton_schulz;
