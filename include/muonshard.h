@@ -250,7 +250,12 @@ MUONSHARD_API muonshard_status muonshard_create(muonshard_comm *comm,
                                                 const muonshard_options *options,
                                                 muonshard_optimizer **optimizer);
 
-typedef enum muonshard_dtype { MUONSHARD_FP32 = 0 } muonshard_dtype;
+typedef enum muonshard_dtype {
+    MUONSHARD_DTYPE_OF_PARAM = -1, /* of a gradient only */
+    MUONSHARD_FP32 = 0,
+    MUONSHARD_BF16 = 1,
+    MUONSHARD_FP16 = 2 /* IEEE binary16 */
+} muonshard_dtype;
 
 typedef enum muonshard_role {
     MUONSHARD_ROLE_UNSET = 0,   /* refused: the role is always explicit */
@@ -287,7 +292,7 @@ typedef struct muonshard_tensor_desc {
     const int64_t
         *row_splits; /* optional, copied: heights that add up to the rows; each part is a matrix */
     size_t row_split_count;
-    muonshard_dtype dtype;
+    muonshard_dtype dtype; /* of param. 16 bits: see the settings gather, master and rounding */
     void *param;
     const void *grad; /* may be NULL: see null_grad; muonshard_set_grad changes it */
     muonshard_null_grad null_grad;
@@ -298,11 +303,13 @@ typedef struct muonshard_tensor_desc {
      * has priority + i * priority_stride. With a stride of -1 for all stacks, layer by layer as a
      * backward pass finishes them. */
     int priority, priority_stride;
+    muonshard_dtype grad_dtype; /* travels as it is, is summed in fp32 */
 } muonshard_tensor_desc;
 #define MUONSHARD_TENSOR_DESC_INIT                                                                 \
     {                                                                                              \
         sizeof(muonshard_tensor_desc), NULL, MUONSHARD_ROLE_UNSET, MUONSHARD_STACK, 0, {0}, NULL,  \
-            0, MUONSHARD_FP32, NULL, NULL, MUONSHARD_NULL_GRAD_ERROR, 1.0, 1.0, 0, 0, 0            \
+            0, MUONSHARD_FP32, NULL, NULL, MUONSHARD_NULL_GRAD_ERROR, 1.0, 1.0, 0, 0, 0,           \
+            MUONSHARD_DTYPE_OF_PARAM                                                               \
     }
 
 /* Registers a tensor; `id` (may be NULL) gets its number, counted from 0. Every rank registers the
@@ -347,9 +354,19 @@ typedef struct muonshard_group_args {
 #define MUONSHARD_GROUP_ARGS_INIT                                                                  \
     { MUONSHARD_NAN, MUONSHARD_NAN, MUONSHARD_NAN }
 
-/* NaN: as configured; adam_lr configured as auto follows this step's lr (times adam.lr_scale), and
- * adam_weight_decay likewise. AdamW's t counts the steps of the optimizer that were not skipped,
- * for every tensor alike. */
+/* A schedule is points "step:value" separated by spaces or commas, steps counted from 0 and not
+ * falling: linear between points, constant before the first and after the last. "cosine" before a
+ * point: half a cosine wave from the point before it. "end" and "end-N" are steps counted back from
+ * `total`; such a point is left out where total is 0, or where it would come before the point
+ * before it. "0:0 100:1 cosine end:0.1" is a warm-up over 100 steps and a cosine to a tenth. Empty:
+ * *value = otherwise. Local. ERR_CONFIG: malformed. */
+MUONSHARD_API muonshard_status muonshard_schedule_value(const char *schedule, int64_t step,
+                                                        int64_t total, double otherwise,
+                                                        double *value);
+
+/* NaN: as configured, schedules included; adam_lr configured as auto follows this step's lr (times
+ * adam.lr_scale), and adam_weight_decay likewise. AdamW's t counts the steps of the optimizer that
+ * were not skipped, for every tensor alike. */
 typedef struct muonshard_step_args {
     size_t size;
     double lr;                /* matrices */

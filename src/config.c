@@ -25,12 +25,14 @@ static const preset *preset_in_effect(char *const *given) {
     return NULL;
 }
 
+/* The last of its values for a key. */
 static const char *preset_value(const preset *from, const char *key) {
     const size_t length = strlen(key);
+    const char *value = NULL;
     for (const char *const *v = from ? from->values : NULL; v && *v; ++v)
         if (strncmp(*v, key, length) == 0 && (*v)[length] == '=')
-            return *v + length + 1;
-    return NULL;
+            value = *v + length + 1;
+    return value;
 }
 
 /* As it was written: given, else the preset's, else the default. */

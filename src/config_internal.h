@@ -38,6 +38,9 @@ const char *value_canonical(const muonshard_param *param, const char *text,
 void value_range(const muonshard_param *param, char text[VALUE_RANGE_MAX]);
 /* "an integer in [1, 32]" and so on, for messages. */
 void value_expected(const muonshard_param *param, char text[VALUE_RANGE_MAX]);
+/* A number as every setting is written, whatever the locale; narrower than strtod: no white space,
+ * no hexadecimal, no inf or nan. */
+bool value_parse_real(const char *text, double *value);
 const char *value_type_name(muonshard_param_type type);
 /* The code point at *text, which moves on behind it; 0 at the end, -1 where it is not UTF-8. */
 int32_t utf8_next(const char **text);

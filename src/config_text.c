@@ -127,6 +127,19 @@ static int max_int(int a, size_t b) {
     return (size_t)a > b ? a : (int)b;
 }
 
+/* A preset's value is shown if no later one has its key, and if it isn't the default. */
+static bool preset_shows(const char *const *value) {
+    const size_t key = strcspn(*value, "=") + 1;
+    for (const char *const *later = value + 1; *later; ++later)
+        if (strncmp(*later, *value, key) == 0)
+            return false;
+    for (size_t i = 0; i < settings_table_count; ++i)
+        if (strlen(settings_table[i].name) == key - 1 &&
+            strncmp(settings_table[i].name, *value, key - 1) == 0)
+            return strcmp(settings_table[i].initial, *value + key) != 0;
+    return true;
+}
+
 static void help_plain(const muonshard_config *config, writer *w) {
     char initial[VALUE_RANGE_MAX], range[VALUE_RANGE_MAX];
     int name_width = 0, initial_width = 0;
@@ -151,6 +164,8 @@ static void help_plain(const muonshard_config *config, writer *w) {
         put(w, "%s", preset_table[p].name);
         size_t column = 100; /* a new line first */
         for (const char *const *v = preset_table[p].values; *v; ++v) {
+            if (!preset_shows(v))
+                continue;
             if (column + 1 + strlen(*v) > 96) {
                 put(w, "\n   ");
                 column = 3;
@@ -188,7 +203,8 @@ static void help_markdown(const muonshard_config *config, writer *w) {
     for (size_t p = 0; p < preset_count; ++p) {
         put(w, "| `%s` |", preset_table[p].name);
         for (const char *const *v = preset_table[p].values; *v; ++v)
-            put(w, " `%s`", *v);
+            if (preset_shows(v))
+                put(w, " `%s`", *v);
         put(w, " |\n");
     }
 }

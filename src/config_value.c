@@ -33,8 +33,7 @@ static void write_real(double value, int digits, char *text, size_t size) {
         freelocale(own);
 }
 
-/* Narrower than strtod: no white space, no hexadecimal, no inf or nan. */
-static bool parse_real(const char *text, double *value) {
+bool value_parse_real(const char *text, double *value) {
     if (!*text || text[strspn(text, "0123456789+-.eE")])
         return false;
     char *end;
@@ -115,7 +114,7 @@ static bool parse(const muonshard_param *param, const char *text, parsed_value *
             value->real = NAN;
             return true;
         }
-        return parse_real(text, &value->real) && value->real >= param->min &&
+        return value_parse_real(text, &value->real) && value->real >= param->min &&
                value->real <= param->max;
     case MUONSHARD_PARAM_TEXT: return is_utf8(text);
     case MUONSHARD_PARAM_LIST: return is_utf8(text) && (!*text || text[strlen(text) - 1] == '\n');

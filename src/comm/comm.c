@@ -110,8 +110,9 @@ static muonshard_status check_request(muonshard_comm *comm, const comm_request *
         return MUONSHARD_OK;
     for (size_t i = 0; i < request->part_count; i++) {
         const comm_part *part = &request->parts[i];
-        FAIL_IF(part->bytes % sizeof(float), &comm->error, MUONSHARD_ERR_INTERNAL,
-                "reduce-scatter: a slot of %zu bytes is no whole number of fp32", part->bytes);
+        FAIL_IF(part->bytes % dtype_size(part->dtype), &comm->error, MUONSHARD_ERR_INTERNAL,
+                "reduce-scatter: a slot of %zu bytes is no whole number of %s", part->bytes,
+                dtype_name(part->dtype));
         FAIL_IF(comm_needs_scratch(comm) && part->bytes && (!part->scratch || !request->backend),
                 &comm->error, MUONSHARD_ERR_INTERNAL,
                 "reduce-scatter over %s needs scratch and a backend", comm->ops->name);
@@ -138,8 +139,8 @@ static muonshard_status sum_in_rank_order(muonshard_comm *comm, const comm_reque
         if (!part->bytes)
             continue;
         muonshard_status status = request->backend->ops->sum_ranks(
-            request->backend, part->recv, part->scratch, comm->size, part->bytes / sizeof(float),
-            request->stream);
+            request->backend, part->recv, part->scratch, part->dtype, comm->size,
+            part->bytes / dtype_size(part->dtype), request->stream);
         FAIL_IF(status, &comm->error, status, "reduce-scatter, sum over ranks: %s",
                 request->backend->error.text);
     }

@@ -15,7 +15,7 @@
 
 typedef enum comm_kind {
     COMM_EXCHANGE, /* send [size, bytes], recv [size, bytes]: slot j of every rank goes to rank j */
-    COMM_REDUCE_SCATTER, /* send [size, bytes], recv [bytes]: fp32 sum of slot `rank`, scratch
+    COMM_REDUCE_SCATTER, /* send [size, bytes] of `dtype`, recv: fp32 sum of slot `rank`, scratch
                             [size, bytes] */
     COMM_ALL_GATHER,     /* send [bytes], recv [size, bytes] */
     COMM_BROADCAST       /* recv [bytes] in place; send is not used */
@@ -27,7 +27,8 @@ typedef struct comm_part {
     const void *send;
     void *recv;
     void *scratch; /* reduce-scatter on a transport without a native one; comm_needs_scratch says */
-    size_t bytes;  /* a slot */
+    size_t bytes;  /* a slot, of what is sent */
+    muonshard_dtype dtype; /* reduce-scatter: of what is sent; it is summed in fp32 */
 } comm_part;
 
 /* Several parts travel together: one NCCL group, one batch of messages. The parts array is borrowed

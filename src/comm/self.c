@@ -11,9 +11,19 @@ static muonshard_status self_copy(muonshard_comm *comm, const comm_request *requ
         memcpy(part->recv, part->send, part->bytes);
         return MUONSHARD_OK;
     }
-    copy_item item = {.dst = part->recv, .src = part->send, .bytes = part->bytes};
-    muonshard_status status =
-        request->backend->ops->copy(request->backend, &item, 1, NULL, request->stream);
+    backend *memory = request->backend;
+    muonshard_status status;
+    if (request->kind == COMM_REDUCE_SCATTER) {
+        const convert_item item = {.dst = part->recv,
+                                   .dst_dtype = MUONSHARD_FP32,
+                                   .src = part->send,
+                                   .src_dtype = part->dtype,
+                                   .count = part->bytes / dtype_size(part->dtype)};
+        status = memory->ops->convert(memory, NULL, &item, 1, request->stream);
+    } else {
+        const copy_item item = {.dst = part->recv, .src = part->send, .bytes = part->bytes};
+        status = memory->ops->copy(memory, &item, 1, request->stream);
+    }
     return status ? comm_die(comm, status, "self: copy: %s", request->backend->error.text)
                   : MUONSHARD_OK;
 }
@@ -38,7 +48,7 @@ static void self_destroy(muonshard_comm *comm) {
     (void)comm;
 }
 
-/* The sum over one rank is a copy: native. */
+/* The sum over one rank is a copy to fp32: native. */
 static const comm_ops self_ops = {.name = "self",
                                   .native_reduce_scatter = true,
                                   .start = self_start,

@@ -60,7 +60,7 @@ size_t muonshard_info(char *text, size_t size) {
     const int length =
         snprintf(text, size,
                  "muonshard %d.%d.%d\n"
-                 "backend host: fp32, OpenBLAS\n"
+                 "backend host: fp32, tf32, bf16, fp16, OpenBLAS\n"
                  "%s%s\n"
                  "communicators: self, callbacks, mpi\n",
                  MUONSHARD_VERSION_MAJOR, MUONSHARD_VERSION_MINOR, MUONSHARD_VERSION_PATCH,

@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include "dtype.h"
 #include "status.h"
 #include "kernels/program.h"
 
@@ -27,15 +28,38 @@ typedef struct step_record {
 typedef enum momentum_form {
     MOMENTUM_HEAVY_BALL,         /* M = mu M + G;        U = G + mu M with Nesterov, else M */
     MOMENTUM_HEAVY_BALL_SWAPPED, /* M = mu M + G;        U = M + mu G, else M */
-    MOMENTUM_EMA                 /* M = mu M + (1-mu) G; U = (1-mu) G + mu M, else M */
+    MOMENTUM_EMA,                /* M = mu M + (1-mu) G; U = (1-mu) G + mu M, else M */
+    MOMENTUM_EMA_CORRECTED       /* M likewise; U = mu M/(1-mu^(t+1)) + (1-mu) G/(1-mu^t), else
+                                    M/(1-mu^t); t from 1 */
 } momentum_form;
+
+typedef enum elementwise_rule { ELEMENTWISE_ADAMW, ELEMENTWISE_LION } elementwise_rule;
 
 typedef enum adam_form {
     ADAM_EPS_OUTSIDE, /* W -= lr/c1 m / (sqrt(v)/sqrt(c2) + eps) */
     ADAM_EPS_INSIDE   /* W -= lr sqrt(c2)/c1 m / (sqrt(v) + eps) */
 } adam_form;
 
-typedef enum decay_method { DECAY_DECOUPLED } decay_method; /* W *= 1 - lr wd before the update */
+/* What decay takes from W: d W. */
+typedef enum decay_method {
+    DECAY_DECOUPLED,          /* d = lr wd */
+    DECAY_INDEPENDENT,        /* d = wd */
+    DECAY_LR_SQUARED,         /* d = lr^2 wd */
+    DECAY_L2,                 /* nothing: wd W is added to the gradient, before momentum */
+    DECAY_CAUTIOUS,           /* decoupled, only where the update pulls W to zero, see below */
+    DECAY_CAUTIOUS_LR_SQUARED /* lr_squared, likewise */
+} decay_method;
+
+typedef enum decay_form {
+    DECAY_FORM_MULTIPLY,   /* W = (1-d) W - s U */
+    DECAY_FORM_ADD,        /* W = W + (-d) W, then W - s U */
+    DECAY_FORM_WITH_UPDATE /* W = W - (s U + d W) */
+} decay_form;
+
+typedef enum variance_denominator {
+    VARIANCE_SQRT_PLUS_EPS, /* sqrt(v) + eps */
+    VARIANCE_CLAMPED        /* sqrt(max(v, eps)) */
+} variance_denominator;
 
 /* What a step wants of one tensor; rewritten by every step. Multipliers, groups and the schedule
  * are in it. */
@@ -48,6 +72,10 @@ typedef struct kernel_context {
     const step_record *record;
     const tensor_values *values;
     const uint8_t *active; /* 0: no rank had a gradient and the tensor is to be left alone */
+    /* How fp32 becomes a 16-bit parameter: to nearest even, or stochastically by (seed,
+     * record->count, tensor, element): dtype.h. */
+    bool stochastic;
+    uint64_t seed;
 } kernel_context;
 
 typedef struct sum_squares_item { /* *out = sum of x^2 in fp64; not finite iff an x is not finite */
@@ -78,44 +106,106 @@ typedef struct resolve_args {
     step_record *record; /* out, count carried on; NULL: only totals and flags are wanted */
 } resolve_args;
 
+typedef struct momentum_args {
+    momentum_form form;
+    bool nesterov;
+    bool l2;               /* g = gradient + weight_decay W */
+    muonshard_dtype dtype; /* of M: fp32 or bf16; U is made of M as it is stored */
+} momentum_args;
+
 typedef struct momentum_item {
-    float *g_u;      /* [count] in: summed gradient, out: update direction U */
-    float *momentum; /* [count] */
+    float *g_u;     /* [count] in: summed gradient, out: update direction U */
+    void *momentum; /* [count] of args.dtype */
+    const void *w;  /* [count] of w_dtype; read with l2 only */
+    muonshard_dtype w_dtype;
     size_t count;
     int tensor;
 } momentum_item;
 
 typedef struct orthogonalize_item {
-    float *u; /* [m, n], or [n, m] when transposed; in and out */
+    const float *u; /* [m, n], or [n, m] when transposed */
+    void *out;      /* likewise, in the dtype ns_program_output names; may be u */
     bool transposed;
 } orthogonalize_item;
 
-typedef struct apply_item { /* W = (1 - lr wd) W - lr scale U */
-    float *w;
-    const float *u;
-    size_t count;
+/* NorMuon: v = beta2 v + (1-beta2) mean(U^2) a row (by_rows; v is [rows]) or a column (v is
+ * [cols]); factor_i = 1/denominator(v_i), all of them times one number that gives diag(factor) U
+ * (or U diag(factor)) the Frobenius norm U has: F(U)/max(F(factor U), eps). U stays as it is. */
+typedef struct variance_args {
+    variance_denominator denominator;
+    double beta2, eps;
+} variance_args;
+
+typedef struct variance_item {
+    const void *u; /* [rows, cols] of u_dtype */
+    muonshard_dtype u_dtype;
+    float *v;      /* [rows] or [cols], state */
+    float *factor; /* likewise, out */
+    int64_t rows, cols;
+    bool by_rows;
+    int tensor;
+} variance_item;
+
+typedef struct apply_args {
+    decay_method decay; /* cautious: where W U >= 0, zero included */
+    decay_form form;
+    bool scaled_lr; /* the lr in d is that of U: d is multiplied by the item's scale */
+} apply_args;
+
+/* W = (1 - d) W - lr scale U, or as args.form says. W is read from the master where there is one,
+ * written to both. */
+typedef struct apply_item {
+    void *w; /* [rows, cols] of w_dtype */
+    muonshard_dtype w_dtype;
+    float *master; /* [rows, cols] or NULL */
+    const void *u; /* [rows, cols] of u_dtype */
+    muonshard_dtype u_dtype;
+    const float *factor; /* NULL; or [rows] (by_rows) or [cols]: multiplies U */
+    bool by_rows;
+    int64_t rows, cols;
     double scale;
     int tensor;
+    size_t first; /* element of the tensor that w[0] is: stochastic rounding */
 } apply_item;
 
 typedef struct adam_args {
+    elementwise_rule rule;
     adam_form form;
+    bool nesterov;
     double beta1, beta2, eps;
+    decay_method decay; /* cautious: where update W > 0, strictly; l2: g += wd W */
 } adam_args;
 
 typedef struct adam_item {
     float *w;       /* [count] parameters of the shard, in and out */
     const float *g; /* [count] summed gradient */
-    float *m, *v;   /* [count] */
+    float *m, *v;   /* [count]; v is not used by Lion */
     size_t count;
     int tensor;
 } adam_item;
 
 typedef struct copy_item {
     void *dst;
-    const void *src; /* NULL: zeros */
+    const void *src;
     size_t bytes;
 } copy_item;
+
+typedef struct convert_item {
+    void *dst; /* [count] */
+    muonshard_dtype dst_dtype;
+    const void *src; /* [count], or NULL: zeros */
+    muonshard_dtype src_dtype;
+    size_t count;
+    int tensor; /* stochastic rounding: whose element `first` dst[0] is */
+    size_t first;
+} convert_item;
+
+/* The dtype U leaves a program in: fp32 unless it works in 16 bits. */
+static inline muonshard_dtype ns_program_output(const ns_program *program) {
+    return program->dtype == NS_BF16   ? MUONSHARD_BF16
+           : program->dtype == NS_FP16 ? MUONSHARD_FP16
+                                       : MUONSHARD_FP32;
+}
 
 typedef struct backend backend;
 
@@ -126,18 +216,22 @@ typedef struct backend_ops {
     /* Zeroed memory. */
     muonshard_status (*alloc)(backend *self, void **memory, size_t bytes);
     void (*free)(backend *self, void *memory);
-    /* Any direction; complete on return when either side is memory of the host. `unless_skip`:
-     * NULL, or a record whose skip makes it do nothing. */
+    /* Any direction; complete on return when either side is memory of the host. */
     muonshard_status (*copy)(backend *self, const copy_item *items, size_t count,
-                             const step_record *unless_skip, backend_stream stream);
-    /* dst [count] = sum over ranks of src [ranks, count], added in rank order, so that bits don't
-     * depend on transport. */
-    muonshard_status (*sum_ranks)(backend *self, float *dst, const float *src, int ranks,
-                                  size_t count, backend_stream stream);
+                             backend_stream stream);
+    /* From one dtype to another. `context` NULL: always, to nearest even; otherwise nothing happens
+     * on skip nor to inactive tensors, and fp32 becomes 16 bits as it says. */
+    muonshard_status (*convert)(backend *self, const kernel_context *context,
+                                const convert_item *items, size_t count, backend_stream stream);
+    /* dst [count] fp32 = sum over ranks of src [ranks, count] of `dtype`, added in fp32 in rank
+     * order, so that bits don't depend on transport. */
+    muonshard_status (*sum_ranks)(backend *self, float *dst, const void *src, muonshard_dtype dtype,
+                                  int ranks, size_t count, backend_stream stream);
     muonshard_status (*sum_squares)(backend *self, const sum_squares_item *items, size_t count);
     muonshard_status (*resolve)(backend *self, const resolve_args *args);
-    muonshard_status (*momentum)(backend *self, const kernel_context *context, momentum_form form,
-                                 bool nesterov, const momentum_item *items, size_t count);
+    muonshard_status (*momentum)(backend *self, const kernel_context *context,
+                                 const momentum_args *args, const momentum_item *items,
+                                 size_t count);
     /* Workspace one call of orthogonalize needs for `count` matrices [m, n]. */
     size_t (*orthogonalize_workspace)(backend *self, const ns_program *program, int64_t m,
                                       int64_t n, size_t count);
@@ -145,8 +239,11 @@ typedef struct backend_ops {
                                       const ns_program *program, int64_t m, int64_t n,
                                       const orthogonalize_item *items, size_t count,
                                       void *workspace);
-    muonshard_status (*apply)(backend *self, const kernel_context *context, const apply_item *items,
-                              size_t count);
+    muonshard_status (*variance)(backend *self, const kernel_context *context,
+                                 const variance_args *args, const variance_item *items,
+                                 size_t count);
+    muonshard_status (*apply)(backend *self, const kernel_context *context, const apply_args *args,
+                              const apply_item *items, size_t count);
     muonshard_status (*adam)(backend *self, const kernel_context *context, const adam_args *args,
                              const adam_item *items, size_t count);
     /* What `to` does next waits for what `from` has been given so far. */

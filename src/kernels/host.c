@@ -28,19 +28,54 @@ static void host_free(backend *self, void *memory) {
 }
 
 static muonshard_status host_copy(backend *self, const copy_item *items, size_t count,
-                                  const step_record *unless_skip, backend_stream stream) {
+                                  backend_stream stream) {
     (void)self;
     (void)stream;
-    if (unless_skip && unless_skip->skip)
-        return MUONSHARD_OK;
-    for (size_t i = 0; i < count; i++) {
-        if (!items[i].bytes)
-            continue;
-        if (items[i].src)
+    for (size_t i = 0; i < count; i++)
+        if (items[i].bytes)
             memcpy(items[i].dst, items[i].src, items[i].bytes);
-        else
-            memset(items[i].dst, 0, items[i].bytes);
-    }
+    return MUONSHARD_OK;
+}
+
+/* `src` [count] of another dtype than the item's dst; `done` elements of the item come before. */
+static void store(const kernel_context *c, const convert_item *it, const float *src, size_t done,
+                  size_t count) {
+    void *dst = (char *)it->dst + done * dtype_size(it->dst_dtype);
+    if (c && c->stochastic)
+        dtype_store_stochastic(dst, it->dst_dtype, src, count, c->seed, (uint32_t)c->record->count,
+                               (uint32_t)it->tensor, it->first + done);
+    else
+        dtype_store(dst, it->dst_dtype, src, count);
+}
+
+static void convert(const kernel_context *c, const convert_item *it) {
+    const size_t bytes = it->count * dtype_size(it->dst_dtype);
+    if (!it->src)
+        memset(it->dst, 0, bytes);
+    else if (it->src_dtype == it->dst_dtype)
+        memmove(it->dst, it->src, bytes);
+    else if (it->src_dtype == MUONSHARD_FP32)
+        store(c, it, it->src, 0, it->count);
+    else if (it->dst_dtype == MUONSHARD_FP32)
+        dtype_load(it->dst, it->src, it->src_dtype, it->count);
+    else
+        for (size_t done = 0; done < it->count;) { /* from 16 bits to the other 16 */
+            float block[1024];
+            const size_t left = it->count - done, n = left < 1024 ? left : 1024;
+            dtype_load(block, (const char *)it->src + done * 2, it->src_dtype, n);
+            store(c, it, block, done, n);
+            done += n;
+        }
+}
+
+static muonshard_status host_convert(backend *self, const kernel_context *c,
+                                     const convert_item *items, size_t count,
+                                     backend_stream stream) {
+    (void)self;
+    (void)stream;
+    for (size_t i = 0; i < count; i++)
+        if (items[i].count && !(c && (c->record->skip || !c->active[items[i].tensor])))
+            convert(c, &items[i]);
     return MUONSHARD_OK;
 }
 
@@ -100,12 +135,14 @@ static const backend_ops host_ops = {
     .alloc = host_alloc,
     .free = host_free,
     .copy = host_copy,
+    .convert = host_convert,
     .sum_ranks = host_sum_ranks,
     .sum_squares = host_measure,
     .resolve = host_resolve,
     .momentum = host_momentum,
     .orthogonalize_workspace = host_orthogonalize_workspace,
     .orthogonalize = host_orthogonalize,
+    .variance = host_variance,
     .apply = host_apply,
     .adam = host_adam,
     .fence = host_fence,

@@ -7,7 +7,7 @@
 #include "kernels/backend.h"
 
 /* Raised by every change of backend.h, program.h or this file. */
-#define PLUGIN_ABI 2
+#define PLUGIN_ABI 3
 
 typedef struct plugin_entry {
     int abi; /* PLUGIN_ABI it was built with; what follows is read only if that is ours */

@@ -7,6 +7,7 @@
 
 #include <xxhash.h>
 
+#include "curve.h"
 #include "optim/optimizer.h"
 
 static const error_text no_handle = {"the handle is NULL"};
@@ -26,6 +27,31 @@ static muonshard_status open_backend(muonshard_optimizer *o, error_text *error) 
     return status;
 }
 
+/* Corrected, a momentum of 1 would be 0/0. */
+static double largest_momentum(const settings *s) {
+    return s->momentum_form == MOMENTUM_EMA_CORRECTED ? 0.999999 : 1.0;
+}
+
+static muonshard_status check_values_over_steps(const settings *s, error_text *error) {
+    const char *const keys[] = {"lr_schedule", "weight_decay_schedule", "momentum_schedule"};
+    const char *const schedules[] = {s->lr_schedule, s->weight_decay_schedule,
+                                     s->momentum_schedule};
+    FAIL_IF(s->momentum > largest_momentum(s), error, MUONSHARD_ERR_CONFIG,
+            "momentum is %g; with momentum_form ema_corrected at most %g is allowed", s->momentum,
+            largest_momentum(s));
+    for (size_t i = 0; i < 3; i++) {
+        double lowest, highest;
+        error_text why;
+        const muonshard_status status =
+            curve_range(schedules[i], s->total_steps, &lowest, &highest, &why);
+        FAIL_IF(status, error, status, "%s: %s", keys[i], why.text);
+        const double max = i == 2 ? largest_momentum(s) : 1e6;
+        FAIL_IF(lowest < 0.0 || highest > max, error, MUONSHARD_ERR_CONFIG,
+                "%s has values from %g to %g; 0 to %g is allowed", keys[i], lowest, highest, max);
+    }
+    return MUONSHARD_OK;
+}
+
 static muonshard_status build(muonshard_optimizer **out, muonshard_comm *comm,
                               const muonshard_config *config, const muonshard_options *options,
                               error_text *error) {
@@ -41,6 +67,7 @@ static muonshard_status build(muonshard_optimizer **out, muonshard_comm *comm,
     TRY(config_copy(config, &o->config, error));
     o->settings = config_settings(o->config);
     o->stats = (muonshard_stats_info)MUONSHARD_STATS_INIT;
+    TRY(check_values_over_steps(o->settings, error));
     return open_backend(o, error);
 }
 
@@ -172,7 +199,7 @@ static muonshard_status check_value(muonshard_optimizer *o, const char *name, do
 static muonshard_status check_args(muonshard_optimizer *o, const muonshard_step_args *a) {
     const double big = 1e6;
     TRY(check_value(o, "lr", a->lr, big));
-    TRY(check_value(o, "momentum", a->momentum, 1.0));
+    TRY(check_value(o, "momentum", a->momentum, largest_momentum(o->settings)));
     TRY(check_value(o, "weight_decay", a->weight_decay, big));
     TRY(check_value(o, "adam_lr", a->adam_lr, big));
     TRY(check_value(o, "adam_weight_decay", a->adam_weight_decay, big));
@@ -184,7 +211,8 @@ static muonshard_status check_args(muonshard_optimizer *o, const muonshard_step_
             "step: groups is NULL, group_count is %zu", a->group_count);
     for (size_t g = 0; g < a->group_count; g++) {
         TRY(check_value(o, "a group's lr", a->groups[g].lr, big));
-        TRY(check_value(o, "a group's momentum", a->groups[g].momentum, 1.0));
+        TRY(check_value(o, "a group's momentum", a->groups[g].momentum,
+                        largest_momentum(o->settings)));
         TRY(check_value(o, "a group's weight_decay", a->groups[g].weight_decay, big));
     }
     return MUONSHARD_OK;
@@ -201,17 +229,32 @@ static muonshard_status check_gradients(muonshard_optimizer *o) {
     return MUONSHARD_OK;
 }
 
+/* What the step's arguments leave to the configuration: matrices and element-wise tensors. */
+static void configured_values(const muonshard_optimizer *o, tensor_values *matrix,
+                              tensor_values *elementwise) {
+    const settings *s = o->settings;
+    double lr = 1.0, decay = 1.0; /* factors; the schedules are known to be well-formed */
+    curve_value(s->lr_schedule, o->step - 1, s->total_steps, 1.0, &lr, NULL);
+    curve_value(s->weight_decay_schedule, o->step - 1, s->total_steps, 1.0, &decay, NULL);
+    *matrix = (tensor_values){.lr = lr * s->lr, .weight_decay = decay * s->weight_decay};
+    curve_value(s->momentum_schedule, o->step - 1, s->total_steps, s->momentum, &matrix->momentum,
+                NULL);
+    *elementwise =
+        (tensor_values){.lr = lr * s->adam_lr, .weight_decay = decay * s->adam_weight_decay};
+}
+
 /* From configuration, step, group and multipliers to one triple a tensor. */
 static muonshard_status set_values(muonshard_optimizer *o, const muonshard_step_args *a) {
-    const settings *s = o->settings;
-    const double lr = pick(a->lr, s->lr), momentum = pick(a->momentum, s->momentum);
-    const double decay = pick(a->weight_decay, s->weight_decay);
-    const double adam_lr = pick(a->adam_lr, pick(s->adam_lr, lr * s->adam_lr_scale));
-    const double adam_decay = pick(a->adam_weight_decay, pick(s->adam_weight_decay, decay));
+    tensor_values matrix, elementwise;
+    configured_values(o, &matrix, &elementwise);
+    const double lr = pick(a->lr, matrix.lr), momentum = pick(a->momentum, matrix.momentum);
+    const double decay = pick(a->weight_decay, matrix.weight_decay);
+    const double adam_lr = pick(a->adam_lr, pick(elementwise.lr, lr * o->settings->adam_lr_scale));
+    const double adam_decay = pick(a->adam_weight_decay, pick(elementwise.weight_decay, decay));
     for (size_t i = 0; i < o->registry.tensor_count; i++) {
         const tensor *t = &o->registry.tensors[i];
-        const bool matrix = t->role == MUONSHARD_ROLE_MATRIX;
-        tensor_values v = {matrix ? lr : adam_lr, momentum, matrix ? decay : adam_decay};
+        const bool muon = t->role == MUONSHARD_ROLE_MATRIX;
+        tensor_values v = {muon ? lr : adam_lr, momentum, muon ? decay : adam_decay};
         if ((size_t)t->group < a->group_count) {
             const muonshard_group_args *g = &a->groups[t->group];
             v = (tensor_values){pick(g->lr, v.lr), pick(g->momentum, v.momentum),
@@ -225,8 +268,7 @@ static muonshard_status set_values(muonshard_optimizer *o, const muonshard_step_
     const uint64_t hash = XXH64(&a->grad_scale, sizeof a->grad_scale, XXH64(o->values, bytes, 0));
     o->fingerprint = (double)(hash >> 11); /* 53 bits: all that a double holds */
     const copy_item item = {o->memory.values, o->values, bytes};
-    const muonshard_status status =
-        o->backend->ops->copy(o->backend, &item, 1, NULL, STREAM_COMPUTE);
+    const muonshard_status status = o->backend->ops->copy(o->backend, &item, 1, STREAM_COMPUTE);
     return status ? step_kill(o, status, &o->backend->error) : MUONSHARD_OK;
 }
 
@@ -359,6 +401,6 @@ muonshard_status muonshard_stats(const muonshard_optimizer *o, muonshard_stats_i
     s.time_orthogonalize = o->op_seconds[OP_ORTHOGONALIZE];
     s.time_all_gather = o->op_seconds[OP_ALL_GATHER];
     s.time_elementwise = o->op_seconds[OP_ADAM];
-    s.time_apply = o->op_seconds[OP_APPLY];
+    s.time_apply = o->op_seconds[OP_VARIANCE] + o->op_seconds[OP_UPDATE] + o->op_seconds[OP_APPLY];
     return give_struct(NULL, &s, sizeof s, stats, "stats");
 }

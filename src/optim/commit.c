@@ -1,10 +1,9 @@
-/* commit.c - from tensors to a handle that can step: plan, schedule, memory, kernel arguments, and
- * the comparison of all of it over the ranks. */
+/* commit.c - from tensors to a handle that can step: plan, schedule, memory, and the comparison of
+ * all of it over the ranks. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "optim/newton_schulz.h"
 #include "optim/optimizer.h"
 
 /* ---- memory ---- */
@@ -22,14 +21,6 @@ static muonshard_status reserve(muonshard_optimizer *o, void *pointer, size_t co
     return MUONSHARD_OK;
 }
 
-static muonshard_status host_array(muonshard_optimizer *o, void *pointer, size_t count,
-                                   size_t item) {
-    void *memory = calloc(count ? count : 1, item);
-    FAIL_IF(!memory, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");
-    memcpy(pointer, &memory, sizeof memory);
-    return MUONSHARD_OK;
-}
-
 static int agree_size(const muonshard_optimizer *o) {
     return o->agree_comm ? o->agree_comm->size : 0;
 }
@@ -43,18 +34,23 @@ static muonshard_status reserve_workspace(muonshard_optimizer *o) {
     const size_t used_chunks = (p->flat_elements + PLAN_FLAT_CHUNK - 1) / PLAN_FLAT_CHUNK;
     o->sum_count = o->registry.view_count + used_chunks;
 
-    TRY(reserve(o, &m->momentum, p->matrix_elements, sizeof(float)));
+    const size_t momentum_size = dtype_size((muonshard_dtype)o->settings->momentum_dtype);
+    TRY(reserve(o, &m->momentum, p->matrix_elements, momentum_size));
+    TRY(reserve(o, &m->variance, p->variance_elements, sizeof(float)));
+    TRY(reserve(o, &m->masters, p->master_elements, sizeof(float)));
     TRY(reserve(o, &m->flat_m, p->flat_shard, sizeof(float)));
     TRY(reserve(o, &m->flat_v, p->flat_shard, sizeof(float)));
-    o->state_bytes = o->workspace_bytes;
-    TRY(reserve(o, &m->owned, p->owned_elements, sizeof(float)));
     TRY(reserve(o, &m->flat_w, p->flat_shard, sizeof(float)));
-    TRY(reserve(o, &m->pack, p->pack_elements, sizeof(float)));
-    const size_t scratch = comm_needs_scratch(o->comm) ? p->scratch_elements : 0;
-    const size_t exchange = scratch > p->gather_elements ? scratch : p->gather_elements;
-    TRY(reserve(o, &m->exchange, exchange, sizeof(float)));
-    const bool sends = o->settings->reduce != REDUCE_NONE;
-    TRY(reserve(o, &m->zeros, sends ? p->largest_unpacked : 0, sizeof(float)));
+    o->state_bytes = p->bytes_state;
+    TRY(reserve(o, &m->owned, p->owned_elements, sizeof(float)));
+    TRY(reserve(o, &m->factors, p->variance_elements, sizeof(float)));
+    for (size_t i = 0; i < p->wave_count; i++)
+        if (p->waves[i].kind == PLAN_FLAT && p->waves[i].sent != MUONSHARD_FP32)
+            TRY(reserve(o, &m->flat_sent, p->flat_shard, dtype_size(p->waves[i].sent)));
+    TRY(reserve(o, &m->pack, p->pack_bytes, 1));
+    const size_t scratch = comm_needs_scratch(o->comm) ? p->scratch_bytes : 0;
+    TRY(reserve(o, &m->exchange, scratch > p->gather_bytes ? scratch : p->gather_bytes, 1));
+    TRY(reserve(o, &m->zeros, p->largest_unpacked_bytes, 1));
     TRY(reserve(o, &m->word, o->word_stride, sizeof(double)));
     TRY(reserve(o, &m->words, o->word_stride * (size_t)p->world_size, sizeof(double)));
     TRY(reserve(o, &m->totals, 2 * (2 + agreeing), sizeof(double)));
@@ -79,8 +75,7 @@ static muonshard_status reserve_workspace(muonshard_optimizer *o) {
 /* Small tables go over by copy: the memory may be a device's. */
 static muonshard_status upload(muonshard_optimizer *o, void *dst, const void *src, size_t bytes) {
     const copy_item item = {dst, src, bytes};
-    const muonshard_status status =
-        o->backend->ops->copy(o->backend, &item, 1, NULL, STREAM_COMPUTE);
+    const muonshard_status status = o->backend->ops->copy(o->backend, &item, 1, STREAM_COMPUTE);
     FAIL_IF(status, &o->error, status, "%s", o->backend->error.text);
     return MUONSHARD_OK;
 }
@@ -110,168 +105,6 @@ done:
     free(skip);
     free(index);
     return status;
-}
-
-/* ---- kernel arguments ---- */
-
-static muonshard_status make_matrix_batch(muonshard_optimizer *o, const batch *b,
-                                          batch_work *work) {
-    const plan *p = &o->plan;
-    const int rank = o->comm->rank;
-    for (size_t i = 0; i < b->count; i++) {
-        const wave *w = &p->waves[b->first + i];
-        for (int r = 0; r < p->world_size; r++)
-            work->views += plan_slot_view(p, w, r) != PLAN_EMPTY_SLOT;
-        work->owned += plan_slot_view(p, w, rank) != PLAN_EMPTY_SLOT;
-    }
-    TRY(host_array(o, &work->program, 1, sizeof *work->program));
-    TRY(newton_schulz_compile(o->settings, b->m, b->n, work->program, &o->error));
-    TRY(host_array(o, &work->momentum, work->owned, sizeof *work->momentum));
-    TRY(host_array(o, &work->orthogonalize, work->owned, sizeof *work->orthogonalize));
-    return host_array(o, &work->apply, work->views, sizeof *work->apply);
-}
-
-static muonshard_status make_batches(muonshard_optimizer *o) {
-    TRY(host_array(o, &o->batches, o->plan.batch_count, sizeof *o->batches));
-    for (size_t b = 0; b < o->plan.batch_count; b++)
-        if (o->plan.batches[b].kind == PLAN_MATRICES)
-            TRY(make_matrix_batch(o, &o->plan.batches[b], &o->batches[b]));
-    return MUONSHARD_OK;
-}
-
-/* Needs the workspace. */
-static void point_batch(muonshard_optimizer *o, const batch *b, batch_work *work) {
-    const plan *p = &o->plan;
-    size_t owned = 0, views = 0;
-    for (size_t i = 0; i < b->count; i++) {
-        const wave *w = &p->waves[b->first + i];
-        for (int r = 0; r < p->world_size; r++) {
-            const size_t index = plan_slot_view(p, w, r);
-            if (index == PLAN_EMPTY_SLOT)
-                continue;
-            const view *v = &o->registry.views[index];
-            const float *gathered = o->memory.exchange + w->gather_offset + (size_t)r * w->slot;
-            work->apply[views++] =
-                (apply_item){.w = o->registry.tensors[v->tensor].param + v->offset,
-                             .u = gathered,
-                             .count = w->slot,
-                             .scale = v->scale,
-                             .tensor = v->tensor};
-            if (r != o->comm->rank)
-                continue;
-            float *u = o->memory.owned + w->owned_offset;
-            work->momentum[owned] =
-                (momentum_item){.g_u = u,
-                                .momentum = o->memory.momentum + w->owned_offset,
-                                .count = w->slot,
-                                .tensor = v->tensor};
-            work->orthogonalize[owned++] =
-                (orthogonalize_item){.u = u, .transposed = v->rows > v->cols};
-        }
-    }
-}
-
-/* The tensors of the flat rest that reach into this rank's shard. */
-static muonshard_status make_adam(muonshard_optimizer *o, const wave *flat) {
-    const plan *p = &o->plan;
-    const size_t start = p->flat_shard * (size_t)o->comm->rank, end = start + p->flat_shard;
-    TRY(host_array(o, &o->adam, o->registry.tensor_count, sizeof *o->adam));
-    for (size_t i = 0; i < o->registry.tensor_count; i++) {
-        const tensor *t = &o->registry.tensors[i];
-        if (t->role != MUONSHARD_ROLE_ELEMENTWISE)
-            continue;
-        const size_t from = p->flat_offset[i] > start ? p->flat_offset[i] : start;
-        const size_t t_end = p->flat_offset[i] + t->elements, to = t_end < end ? t_end : end;
-        if (from >= to)
-            continue;
-        const size_t at = from - start;
-        o->adam[o->adam_count++] = (adam_item){.w = o->memory.flat_w + at,
-                                               .g = o->memory.owned + flat->owned_offset + at,
-                                               .m = o->memory.flat_m + at,
-                                               .v = o->memory.flat_v + at,
-                                               .count = to - from,
-                                               .tensor = (int)i};
-    }
-    return MUONSHARD_OK;
-}
-
-static muonshard_status make_bucket(muonshard_optimizer *o, const bucket *b, bucket_work *work) {
-    const plan *p = &o->plan;
-    double *sums = o->memory.word + 1 + o->registry.tensor_count;
-    TRY(host_array(o, &work->sums, b->count + o->flat_chunks, sizeof *work->sums));
-    for (size_t i = 0; i < b->count; i++) {
-        const size_t index = p->reduce_order[b->first + i];
-        const wave *w = &p->waves[index];
-        const float *x = o->memory.owned + w->owned_offset;
-        if (w->kind == PLAN_FLAT) {
-            for (size_t c = 0; c < o->flat_chunks; c++)
-                work->sums[work->sum_count++] = (sum_squares_item){
-                    x + c * PLAN_FLAT_CHUNK, PLAN_FLAT_CHUNK, sums + p->wave_count + c};
-        } else if (plan_slot_view(p, w, o->comm->rank) != PLAN_EMPTY_SLOT) {
-            work->sums[work->sum_count++] = (sum_squares_item){x, w->slot, sums + index};
-        }
-    }
-    return MUONSHARD_OK;
-}
-
-/* Buffers of the collectives; where unpacked gradients are sent from is known in the step only. */
-static muonshard_status make_parts(muonshard_optimizer *o, const op *operation, op_state *state) {
-    const plan *p = &o->plan;
-    const workspace *m = &o->memory;
-    if (operation->kind == OP_AGREE) {
-        TRY(host_array(o, &state->parts, 1, sizeof *state->parts));
-        state->part_count = 1;
-        state->parts[0] = (comm_part){
-            .send = m->word, .recv = m->words, .bytes = o->word_stride * sizeof(double)};
-        return MUONSHARD_OK;
-    }
-    const bool gather = operation->kind == OP_ALL_GATHER;
-    const size_t first =
-        gather ? p->batches[operation->index].first : p->buckets[operation->index].first;
-    const size_t count =
-        gather ? p->batches[operation->index].count : p->buckets[operation->index].count;
-    TRY(host_array(o, &state->parts, count, sizeof *state->parts));
-    state->part_count = count;
-    for (size_t i = 0; i < count; i++) {
-        const wave *w = &p->waves[gather ? first + i : p->reduce_order[first + i]];
-        float *owned = m->owned + w->owned_offset;
-        comm_part *part = &state->parts[i];
-        part->bytes = w->slot * sizeof(float);
-        if (gather) {
-            part->send = w->kind == PLAN_FLAT ? m->flat_w : owned;
-            part->recv = m->exchange + w->gather_offset;
-        } else {
-            part->send = m->pack + w->pack_offset;
-            part->recv = owned;
-            part->scratch = m->exchange + w->exchange_offset;
-        }
-    }
-    return MUONSHARD_OK;
-}
-
-static muonshard_status make_work(muonshard_optimizer *o) {
-    const plan *p = &o->plan;
-    for (size_t b = 0; b < p->batch_count; b++) {
-        if (p->batches[b].kind == PLAN_MATRICES)
-            point_batch(o, &p->batches[b], &o->batches[b]);
-        else
-            TRY(make_adam(o, &p->waves[p->batches[b].first]));
-    }
-    TRY(host_array(o, &o->buckets, p->bucket_count, sizeof *o->buckets));
-    for (size_t b = 0; b < p->bucket_count; b++)
-        TRY(make_bucket(o, &p->buckets[b], &o->buckets[b]));
-    TRY(host_array(o, &o->ops, o->schedule.count, sizeof *o->ops));
-    for (size_t i = 0; i < o->schedule.count; i++)
-        if (op_is_collective(o->schedule.ops[i].kind))
-            TRY(make_parts(o, &o->schedule.ops[i], &o->ops[i]));
-    const size_t tensors = o->registry.tensor_count;
-    TRY(host_array(o, &o->copies, p->slot_count + tensors + 2, sizeof *o->copies));
-    TRY(host_array(o, &o->word_head, 1 + tensors, sizeof *o->word_head));
-    TRY(host_array(o, &o->values, tensors, sizeof *o->values));
-    TRY(host_array(o, &o->first_entry, tensors + 1, sizeof *o->first_entry));
-    for (size_t i = 0; i < tensors; i++)
-        o->first_entry[i + 1] = o->first_entry[i] + (size_t)o->registry.tensors[i].entries;
-    return host_array(o, &o->ready, o->first_entry[tensors], 1);
 }
 
 /* ---- the same on every rank ---- */
@@ -345,10 +178,32 @@ static muonshard_status compare_plans(muonshard_optimizer *o) {
 static muonshard_status prepare(muonshard_optimizer *o) {
     TRY(plan_make(&o->plan, &o->registry, o->settings, o->comm->size, &o->error));
     TRY(schedule_make(&o->schedule, &o->plan, o->settings, &o->error));
-    TRY(make_batches(o));
+    TRY(work_plan(o));
     TRY(reserve_workspace(o));
-    TRY(make_work(o));
+    TRY(work_make(o));
     return upload_tables(o);
+}
+
+/* ---- fp32 copies of 16-bit parameters ---- */
+
+static muonshard_status fill_masters(muonshard_optimizer *o) {
+    size_t count = 0;
+    for (size_t b = 0; b < o->plan.batch_count; b++) {
+        for (size_t i = 0; i < o->batches[b].apply_count; i++) {
+            const apply_item *a = &o->batches[b].apply[i];
+            if (a->master)
+                o->converts[count++] = (convert_item){.dst = a->master,
+                                                      .dst_dtype = MUONSHARD_FP32,
+                                                      .src = a->w,
+                                                      .src_dtype = a->w_dtype,
+                                                      .count = (size_t)(a->rows * a->cols)};
+        }
+    }
+    count += work_load_flat(o, o->converts + count, true);
+    const muonshard_status status =
+        o->backend->ops->convert(o->backend, NULL, o->converts, count, STREAM_COMPUTE);
+    FAIL_IF(status, &o->error, status, "%s", o->backend->error.text);
+    return MUONSHARD_OK;
 }
 
 static void fill_stats(muonshard_optimizer *o) {
@@ -377,6 +232,8 @@ muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_status local
         TRY_GOTO(replicas_broadcast(o), failed);
     else if (sync == MUONSHARD_SYNC_CHECK)
         TRY_GOTO(replicas_check(o), failed);
+    status = fill_masters(o);
+    TRY_GOTO(comm_agree(o->comm, status, &o->error), failed);
     fill_stats(o);
     o->committed = true;
     comm_mark(o->comm, 0, "outside the library");
@@ -399,39 +256,16 @@ static bool workspace_in_use(const muonshard_optimizer *o) {
 
 /* Back to what it was before commit. */
 void optimizer_release(muonshard_optimizer *o) {
-    void *memory[] = {o->memory.owned,    o->memory.momentum,       o->memory.pack,
-                      o->memory.exchange, o->memory.zeros,          o->memory.flat_m,
-                      o->memory.flat_v,   o->memory.flat_w,         o->memory.newton_schulz,
-                      o->memory.word,     o->memory.words,          o->memory.totals,
-                      o->memory.active,   o->memory.skip_if_absent, o->memory.values,
-                      o->memory.record,   o->memory.sum_index};
+    const workspace *m = &o->memory;
+    void *memory[] = {m->momentum, m->variance, m->masters,        m->flat_m,    m->flat_v,
+                      m->flat_w,   m->owned,    m->factors,        m->flat_sent, m->pack,
+                      m->exchange, m->zeros,    m->newton_schulz,  m->word,      m->words,
+                      m->totals,   m->active,   m->skip_if_absent, m->values,    m->record,
+                      m->sum_index};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0] && !workspace_in_use(o); i++)
         o->backend->ops->free(o->backend, memory[i]);
     o->memory = (workspace){0};
-    for (size_t b = 0; o->batches && b < o->plan.batch_count; b++) {
-        free(o->batches[b].momentum);
-        free(o->batches[b].orthogonalize);
-        free(o->batches[b].apply);
-        free(o->batches[b].program);
-    }
-    for (size_t b = 0; o->buckets && b < o->plan.bucket_count; b++)
-        free(o->buckets[b].sums);
-    for (size_t i = 0; o->ops && i < o->schedule.count; i++)
-        free(o->ops[i].parts);
-    void *host[] = {o->batches,   o->buckets, o->ops,         o->adam, o->copies,
-                    o->word_head, o->values,  o->first_entry, o->ready};
-    for (size_t i = 0; i < sizeof host / sizeof host[0]; i++)
-        free(host[i]);
-    o->batches = NULL;
-    o->buckets = NULL;
-    o->ops = NULL;
-    o->adam = NULL;
-    o->adam_count = 0;
-    o->copies = NULL;
-    o->word_head = NULL;
-    o->values = NULL;
-    o->first_entry = NULL;
-    o->ready = NULL;
+    work_free(o);
     o->state_bytes = o->workspace_bytes = 0;
     error_text error;
     if (trace_close(o->trace, &error))

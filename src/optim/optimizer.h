@@ -10,17 +10,22 @@
 #include "optim/schedule.h"
 #include "optim/trace.h"
 
-/* Backend memory, sized at commit; a step allocates nothing. Element counts of fp32 unless said
- * otherwise. */
+/* Backend memory, sized at commit; a step allocates nothing. */
 typedef struct workspace {
-    float *
-        owned; /* [owned_elements] summed gradients of what this rank owns, then U in their place */
-    float *momentum;        /* [matrix_elements] state */
-    float *pack;            /* [pack_elements] gradients that had to be copied to be sent */
-    float *exchange;        /* scratch of reduce-scatters; once they are done, what is gathered */
-    float *zeros;           /* [largest_unpacked] sent in the place of a NULL gradient */
-    float *flat_m, *flat_v; /* [flat_shard] AdamW state */
-    float *flat_w;          /* [flat_shard] parameters of the shard, while a step updates them */
+    /* state */
+    void *momentum;         /* [matrix_elements] of momentum_dtype */
+    float *variance;        /* [variance_elements] */
+    float *masters;         /* [master_elements] fp32 of 16-bit matrices */
+    float *flat_m, *flat_v; /* [flat_shard] AdamW */
+    float *flat_w; /* [flat_shard] parameters of the shard: a master, or loaded by each step */
+    /* scratch */
+    float *owned;    /* [owned_elements] summed gradients of what this rank owns, then U in their
+                        place, in the dtype Newton-Schulz leaves it in */
+    float *factors;  /* [variance_elements] of U, from the variance */
+    void *flat_sent; /* [flat_shard] new parameters in the dtype they travel in; NULL: as flat_w */
+    char *pack;      /* [pack_bytes] gradients that had to be copied to be sent */
+    char *exchange;  /* scratch of reduce-scatters; once they are done, what is gathered */
+    void *zeros;     /* [largest_unpacked_bytes] sent in the place of a NULL gradient */
     void *newton_schulz;
     double *word;    /* [word_stride] this rank's agree word */
     double *words;   /* [world_size, word_stride] */
@@ -43,9 +48,13 @@ typedef struct bucket_work {
 typedef struct batch_work {
     momentum_item *momentum; /* own, [owned views of the batch] */
     orthogonalize_item *orthogonalize;
+    variance_item *variance;
     size_t owned;
-    apply_item *apply; /* own, [views of the batch] */
-    size_t views;
+    /* own, [views] or, where parameters are gathered, [owned]: what this rank applies U to */
+    apply_item *apply;
+    size_t apply_count;
+    convert_item *store; /* own, [views of the batch] gathered parameters to their place */
+    size_t store_count;
     ns_program *program; /* own */
 } batch_work;
 
@@ -78,10 +87,10 @@ struct muonshard_optimizer {
     bucket_work *buckets; /* own, [plan.bucket_count] */
     adam_item *adam;      /* own, [adam_count]: the tensors in this rank's shard, cut to it */
     size_t adam_count;
-    copy_item *copies;     /* own, room for any one operation's copies */
-    double *word_head;     /* own, host, [1 + tensor_count]: how this rank's agree word begins */
-    tensor_values *values; /* own, host, [tensor_count] */
-    size_t flat_chunks;    /* of a shard */
+    convert_item *converts; /* own, room for any one operation's */
+    double *word_head;      /* own, host, [1 + tensor_count]: how this rank's agree word begins */
+    tensor_values *values;  /* own, host, [tensor_count] */
+    size_t flat_chunks;     /* of a shard */
     size_t word_stride, sum_count;
     trace *trace; /* own, or NULL */
     size_t state_bytes, workspace_bytes;
@@ -111,6 +120,20 @@ struct muonshard_optimizer {
         if (try_comm_ != MUONSHARD_OK)                                                             \
             return fail(&(o)->error, try_comm_, "%s", (o)->comm->error.text);                      \
     } while (0)
+
+/* work.c: kernel arguments that stay the same from step to step. */
+/* Counts and programs; what the workspace is sized by. */
+muonshard_status work_plan(muonshard_optimizer *o);
+/* The arguments themselves; needs the workspace. */
+muonshard_status work_make(muonshard_optimizer *o);
+void work_free(muonshard_optimizer *o);
+/* Which element of its tensor a shard's part begins with. */
+size_t work_adam_first(const muonshard_optimizer *o, const adam_item *a);
+/* Parameters into the shard: those that have a master, or those that have none. Returns how many
+ * items. */
+size_t work_load_flat(const muonshard_optimizer *o, convert_item *items, bool masters);
+/* Zeroed host memory; `pointer` is the address of a pointer of any type. */
+muonshard_status host_array(muonshard_optimizer *o, void *pointer, size_t count, size_t item);
 
 /* commit.c */
 /* `local`: an error found before, which becomes everybody's. */

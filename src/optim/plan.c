@@ -4,6 +4,12 @@
 #include <string.h>
 #include <xxhash.h>
 
+#include "optim/newton_schulz.h"
+#include "optim/ownership.h"
+
+/* Arrays in an arena begin on a line of the cache. */
+#define ALIGNMENT 64
+
 /* What plan_make works with until waves have their place. */
 typedef struct builder {
     plan *p;
@@ -11,8 +17,21 @@ typedef struct builder {
     const settings *s;
     size_t *loose; /* own, [view_count]: views that fill no whole wave of their tensor */
     size_t loose_count;
-    int next_owner; /* of partly filled waves, going round */
+    double *cost; /* own, [view_count]: operations of its Newton-Schulz */
+    int *held;    /* own, [world_size]: loose views of the shape under way that a rank has */
 } builder;
+
+static size_t aligned(size_t bytes) {
+    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+static muonshard_dtype view_dtype(const builder *b, const view *v) {
+    return b->r->tensors[v->tensor].dtype;
+}
+
+static muonshard_dtype view_wire(const builder *b, const view *v) {
+    return b->r->tensors[v->tensor].grad_dtype;
+}
 
 static wave *new_wave(builder *b, const view *v) {
     plan *p = b->p;
@@ -21,6 +40,8 @@ static wave *new_wave(builder *b, const view *v) {
                 .rows = v->rows,
                 .cols = v->cols,
                 .slot = view_elements(v),
+                .dtype = view_dtype(b, v),
+                .wire = view_wire(b, v),
                 .first_slot = p->slot_count,
                 .first_view = SIZE_MAX,
                 .first_tensor = v->tensor,
@@ -44,6 +65,8 @@ static void place(builder *b, wave *w, int rank, size_t view_index) {
     const int64_t priority = t->priority + v->entry * t->priority_stride;
     if (priority > w->priority)
         w->priority = priority;
+    if (w->wire != view_wire(b, v))
+        w->wire = MUONSHARD_FP32;
 }
 
 /* Whole waves out of runs of equal consecutive views; what is left over is loose. */
@@ -79,50 +102,41 @@ static bool same_oriented_shape(int64_t rows_a, int64_t cols_a, int64_t rows_b, 
            long_side(rows_a, cols_a) == long_side(rows_b, cols_b);
 }
 
-static bool can_share_wave(const view *a, const view *b) {
-    return same_oriented_shape(a->rows, a->cols, b->rows, b->cols);
-}
-
-/* Loose views of one oriented shape together, in registration order. A wave they don't fill starts
- * at the rank whose turn it is. */
+/* Loose views that can share a wave, in registration order: the first of every rank, the second of
+ * every rank, and so on. */
 static void make_packed_waves(builder *b) {
-    const size_t n = (size_t)b->p->world_size;
     for (size_t i = 0; i < b->loose_count; i++) {
         if (b->loose[i] == PLAN_EMPTY_SLOT)
             continue;
-        const view *first = &b->r->views[b->loose[i]];
-        size_t same = 0;
-        for (size_t k = i; k < b->loose_count; k++)
-            if (b->loose[k] != PLAN_EMPTY_SLOT && can_share_wave(first, &b->r->views[b->loose[k]]))
-                same++;
-        wave *w = NULL;
-        size_t placed = 0, start = 0;
+        const size_t first_view = b->loose[i], first_wave = b->p->wave_count;
+        memset(b->held, 0, (size_t)b->p->world_size * sizeof *b->held);
         for (size_t k = i; k < b->loose_count; k++) {
-            const size_t view_index = b->loose[k];
-            if (view_index == PLAN_EMPTY_SLOT || !can_share_wave(first, &b->r->views[view_index]))
+            const size_t v = b->loose[k];
+            if (v == PLAN_EMPTY_SLOT || !ownership_alike(b->r, first_view, v))
                 continue;
-            if (placed % n == 0) {
-                w = new_wave(b, first);
-                w->packed = true;
-                start = same - placed >= n ? 0 : (size_t)b->next_owner;
-            }
-            place(b, w, (int)((start + placed % n) % n), view_index);
-            placed++;
+            const int owner = b->p->view_owner[v];
+            const size_t w = first_wave + (size_t)b->held[owner]++;
+            if (w == b->p->wave_count)
+                new_wave(b, &b->r->views[v])->packed = true;
+            place(b, &b->p->waves[w], owner, v);
             b->loose[k] = PLAN_EMPTY_SLOT;
         }
-        b->next_owner = (int)(((size_t)b->next_owner + same % n) % n);
     }
 }
 
 static void make_flat_wave(builder *b) {
     plan *p = b->p;
     int first = -1, priority = INT32_MIN;
+    muonshard_dtype dtype = MUONSHARD_FP32, wire = MUONSHARD_FP32;
     for (size_t i = 0; i < b->r->tensor_count; i++) {
         const tensor *t = &b->r->tensors[i];
         if (t->role != MUONSHARD_ROLE_ELEMENTWISE)
             continue;
         p->flat_offset[i] = p->flat_elements;
         p->flat_elements += t->elements;
+        p->flat_master = p->flat_master || registry_master(b->s, t->dtype) != MASTER_NONE;
+        dtype = first < 0 || dtype == t->dtype ? t->dtype : MUONSHARD_FP32;
+        wire = first < 0 || wire == t->grad_dtype ? t->grad_dtype : MUONSHARD_FP32;
         first = first < 0 ? (int)i : first;
         priority = t->priority > priority ? t->priority : priority;
     }
@@ -136,6 +150,8 @@ static void make_flat_wave(builder *b) {
                                        .rows = 1,
                                        .cols = (int64_t)p->flat_shard,
                                        .slot = p->flat_shard,
+                                       .dtype = dtype,
+                                       .wire = wire,
                                        .first_slot = p->slot_count,
                                        .first_view = 0,
                                        .first_tensor = first,
@@ -157,11 +173,12 @@ static int forward_order(const void *left, const void *right) {
 }
 
 static bool one_batch(const wave *a, const wave *b) {
-    return a->kind == b->kind && same_oriented_shape(a->rows, a->cols, b->rows, b->cols);
+    return a->kind == b->kind && a->dtype == b->dtype &&
+           same_oriented_shape(a->rows, a->cols, b->rows, b->cols);
 }
 
-/* Brings waves of one oriented shape together, at the place of the first of them, and cuts them
- * into batches. */
+/* Brings waves of one oriented shape and dtype together, at the place of the first of them, and
+ * cuts them into batches. */
 static muonshard_status make_batches(builder *b, error_text *error) {
     plan *p = b->p;
     wave *sorted = malloc((p->wave_count + 1) * sizeof *sorted);
@@ -186,8 +203,13 @@ static muonshard_status make_batches(builder *b, error_text *error) {
             const size_t slot_bytes = w->slot * sizeof(float);
             if (!current || bytes + slot_bytes > (size_t)b->s->batch_bytes) {
                 current = &p->batches[p->batch_count++];
-                *current = (batch){w->kind, short_side(w->rows, w->cols),
-                                   long_side(w->rows, w->cols), done, 0};
+                *current = (batch){.kind = w->kind,
+                                   .m = short_side(w->rows, w->cols),
+                                   .n = long_side(w->rows, w->cols),
+                                   .dtype = w->dtype,
+                                   .gathers_params = w->kind == PLAN_FLAT ||
+                                                     registry_gathers_params(b->s, w->dtype),
+                                   .first = done};
                 bytes = 0;
             }
             bytes += slot_bytes;
@@ -237,7 +259,7 @@ static void make_buckets(builder *b) {
     bucket *current = NULL;
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[p->reduce_order[i]];
-        const size_t wave_bytes = w->slot * (size_t)p->world_size * sizeof(float);
+        const size_t wave_bytes = w->slot * (size_t)p->world_size * dtype_size(w->wire);
         if (!current || bytes + wave_bytes > (size_t)b->s->bucket_bytes) {
             current = &p->buckets[p->bucket_count++];
             *current = (bucket){.first = i};
@@ -251,43 +273,84 @@ static void make_buckets(builder *b) {
 
 /* ---- arenas and figures ---- */
 
+static size_t factor_bytes(const builder *b, const wave *w) {
+    const bool sent = w->kind == PLAN_MATRICES && b->s->variance != VARIANCE_NONE;
+    return sent ? (size_t)long_side(w->rows, w->cols) * sizeof(float) : 0;
+}
+
+/* Where batch `k` is gathered, from `start`; returns the end. */
+static size_t lay_out_gather(builder *b, const batch *k, size_t start) {
+    const size_t n = (size_t)b->p->world_size;
+    for (size_t i = 0; i < k->count; i++) {
+        wave *w = &b->p->waves[k->first + i];
+        const ns_program working = {.dtype = newton_schulz_dtype(b->s, w->dtype)};
+        w->sent = k->gathers_params ? w->dtype : ns_program_output(&working);
+        w->gather_offset = start;
+        start += aligned(n * w->slot * dtype_size(w->sent));
+        w->factor_offset = start;
+        start += k->gathers_params ? 0 : aligned(n * factor_bytes(b, w));
+    }
+    return start;
+}
+
+/* Batch k is applied before batch k+2 is gathered: two places. */
+static void lay_out_gathers(builder *b) {
+    plan *p = b->p;
+    size_t largest = 0;
+    for (size_t k = 0; k < p->batch_count; k++) {
+        const size_t bytes = lay_out_gather(b, &p->batches[k], 0);
+        largest = bytes > largest ? bytes : largest;
+    }
+    for (size_t k = 1; k < p->batch_count; k += 2)
+        lay_out_gather(b, &p->batches[k], largest);
+    p->gather_bytes = 2 * largest;
+}
+
+static void lay_out_reduction(builder *b, wave *w) {
+    plan *p = b->p;
+    const size_t whole = (size_t)p->world_size * w->slot * dtype_size(w->wire);
+    if (b->s->reduce == REDUCE_NONE)
+        return;
+    w->exchange_offset = p->scratch_bytes;
+    p->scratch_bytes += aligned(whole);
+    if (w->packed) {
+        w->pack_offset = p->pack_bytes;
+        p->pack_bytes += aligned(whole);
+    } else if (whole > p->largest_unpacked_bytes) {
+        p->largest_unpacked_bytes = whole;
+    }
+}
+
+static void lay_out_owned(builder *b, wave *w) {
+    plan *p = b->p;
+    if (w->kind == PLAN_FLAT)
+        return;
+    w->owned_offset = p->matrix_elements;
+    p->matrix_elements += w->slot;
+    w->variance_offset = p->variance_elements;
+    p->variance_elements += factor_bytes(b, w) / sizeof(float);
+    w->master_offset = p->master_elements;
+    const master_mode master = registry_master(b->s, w->dtype);
+    if (master == MASTER_OWNER)
+        p->master_elements += w->slot;
+    else if (master == MASTER_REPLICATED)
+        p->master_elements += w->slot * (size_t)p->world_size;
+}
+
 static void lay_out(builder *b) {
     plan *p = b->p;
-    const size_t n = (size_t)p->world_size;
-    const bool reduce = b->s->reduce != REDUCE_NONE;
-    size_t scratch = 0, largest_batch = 0;
-    for (size_t k = 0; k < p->batch_count; k++) {
-        size_t elements = 0;
-        for (size_t i = 0; i < p->batches[k].count; i++)
-            elements += n * p->waves[p->batches[k].first + i].slot;
-        largest_batch = elements > largest_batch ? elements : largest_batch;
-    }
-    for (size_t k = 0; k < p->batch_count; k++) {
-        size_t gather =
-            (k % 2) * largest_batch; /* batch k is applied before batch k+2 is gathered */
-        for (size_t i = 0; i < p->batches[k].count; i++) {
-            wave *w = &p->waves[p->batches[k].first + i];
-            const size_t whole = n * w->slot;
-            w->owned_offset = p->matrix_elements;
-            w->exchange_offset = scratch;
-            w->gather_offset = gather;
-            gather += whole;
-            p->matrix_elements += w->kind == PLAN_MATRICES ? w->slot : 0;
-            scratch += whole;
-            if (w->packed && reduce) {
-                w->pack_offset = p->pack_elements;
-                p->pack_elements += whole;
-            } else if (!w->packed && whole > p->largest_unpacked) {
-                p->largest_unpacked = whole;
-            }
-        }
+    lay_out_gathers(b);
+    for (size_t i = 0; i < p->wave_count; i++) {
+        lay_out_reduction(b, &p->waves[i]);
+        lay_out_owned(b, &p->waves[i]);
     }
     for (size_t i = 0; i < p->wave_count; i++) /* the flat shard behind, since it has no momentum */
         if (p->waves[i].kind == PLAN_FLAT)
             p->waves[i].owned_offset = p->matrix_elements;
     p->owned_elements = p->matrix_elements + p->flat_shard;
-    p->gather_elements = 2 * largest_batch;
-    p->scratch_elements = reduce ? scratch : 0;
+    const size_t flat = p->flat_shard * sizeof(float) * (p->flat_master ? 3 : 2);
+    p->bytes_state = p->matrix_elements * dtype_size((muonshard_dtype)b->s->momentum_dtype) + flat +
+                     (p->variance_elements + p->master_elements) * sizeof(float);
 }
 
 static size_t filled_slots(const plan *p, const wave *w) {
@@ -303,19 +366,14 @@ static void count_bytes(builder *b) {
     const bool reduce = b->s->reduce != REDUCE_NONE;
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[i];
+        const bool params = w->kind == PLAN_FLAT || registry_gathers_params(b->s, w->dtype);
         const size_t used = w->kind == PLAN_FLAT ? p->flat_elements : filled_slots(p, w) * w->slot;
-        const size_t away = (n - 1) * w->slot * sizeof(float);
-        p->bytes_reduced += reduce ? away : 0;
-        p->bytes_gathered += away;
-        p->bytes_packed += reduce && w->packed ? used * sizeof(float) : 0;
-        p->bytes_padded += (n * w->slot - used) * sizeof(float);
+        const size_t sent = w->slot * dtype_size(w->sent) + (params ? 0 : factor_bytes(b, w));
+        p->bytes_reduced += reduce ? (n - 1) * w->slot * dtype_size(w->wire) : 0;
+        p->bytes_gathered += (n - 1) * sent;
+        p->bytes_packed += reduce && w->packed ? used * dtype_size(w->wire) : 0;
+        p->bytes_padded += (n * w->slot - used) * dtype_size(w->wire);
     }
-}
-
-static double view_cost(const view *v) {
-    const double m = (double)short_side(v->rows, v->cols);
-    const double n = (double)long_side(v->rows, v->cols);
-    return m * m * (3.0 * n + m); /* symmetric products at half price; per step, so T cancels */
 }
 
 static muonshard_status measure_imbalance(builder *b, error_text *error) {
@@ -323,8 +381,8 @@ static muonshard_status measure_imbalance(builder *b, error_text *error) {
     double *cost = calloc((size_t)p->world_size, sizeof *cost), total = 0.0, largest = 0.0;
     FAIL_IF(!cost, error, MUONSHARD_ERR_MEMORY, "out of memory");
     for (size_t i = 0; i < b->r->view_count; i++) {
-        cost[p->view_owner[i]] += view_cost(&b->r->views[i]);
-        total += view_cost(&b->r->views[i]);
+        cost[p->view_owner[i]] += b->cost[i];
+        total += b->cost[i];
     }
     for (int rank = 0; rank < p->world_size; rank++)
         largest = cost[rank] > largest ? cost[rank] : largest;
@@ -345,8 +403,10 @@ static muonshard_status allocate(builder *b, error_text *error) {
     /* A wave is whole, or its shape's last: never more slots than this. */
     p->slots = calloc(views * (size_t)p->world_size + 1, sizeof *p->slots);
     b->loose = calloc(views + 1, sizeof *b->loose);
+    b->cost = calloc(views + 1, sizeof *b->cost);
+    b->held = calloc((size_t)p->world_size, sizeof *b->held);
     FAIL_IF(!p->waves || !p->reduce_order || !p->buckets || !p->view_wave || !p->view_owner ||
-                !p->flat_offset || !p->slots || !b->loose,
+                !p->flat_offset || !p->slots || !b->loose || !b->cost || !b->held,
             error, MUONSHARD_ERR_MEMORY, "out of memory");
     return MUONSHARD_OK;
 }
@@ -357,9 +417,13 @@ muonshard_status plan_make(plan *p, const registry *r, const settings *s, int wo
     builder b = {.p = p, .r = r, .s = s};
     muonshard_status status;
     TRY_GOTO(allocate(&b, error), done);
+    TRY_GOTO(ownership_price(r, s, b.cost, error), done);
     for (size_t i = 0; i < r->tensor_count; i++)
         if (r->tensors[i].role == MUONSHARD_ROLE_MATRIX)
             make_whole_waves(&b, &r->tensors[i]);
+    TRY_GOTO(
+        ownership_assign(r, s, world_size, b.cost, b.loose, b.loose_count, p->view_owner, error),
+        done);
     make_packed_waves(&b);
     make_flat_wave(&b);
     TRY_GOTO(make_batches(&b, error), done);
@@ -370,6 +434,8 @@ muonshard_status plan_make(plan *p, const registry *r, const settings *s, int wo
     TRY_GOTO(measure_imbalance(&b, error), done);
 done:
     free(b.loose);
+    free(b.cost);
+    free(b.held);
     if (status)
         plan_free(p);
     return status;
@@ -380,9 +446,10 @@ uint64_t plan_hash(const plan *p) {
     h = XXH64(p->reduce_order, p->wave_count * sizeof *p->reduce_order, h);
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[i];
-        const uint64_t facts[] = {w->kind,           w->packed,       (uint64_t)w->rows,
-                                  (uint64_t)w->cols, w->slot,         w->first_slot,
-                                  w->pack_offset,    w->owned_offset, w->gather_offset};
+        const uint64_t facts[] = {
+            w->kind,       w->packed,      (uint64_t)w->rows, (uint64_t)w->cols, w->slot,
+            w->first_slot, w->pack_offset, w->owned_offset,   w->gather_offset,  w->dtype,
+            w->wire,       w->sent,        w->factor_offset};
         h = XXH64(facts, sizeof facts, h);
     }
     for (size_t i = 0; i < p->bucket_count; i++) {
@@ -390,7 +457,8 @@ uint64_t plan_hash(const plan *p) {
         h = XXH64(facts, sizeof facts, h);
     }
     for (size_t i = 0; i < p->batch_count; i++) {
-        const uint64_t facts[] = {p->batches[i].first, p->batches[i].count};
+        const uint64_t facts[] = {p->batches[i].first, p->batches[i].count,
+                                  p->batches[i].gathers_params};
         h = XXH64(facts, sizeof facts, h);
     }
     return h;

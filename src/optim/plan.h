@@ -18,19 +18,25 @@ typedef enum plan_kind { PLAN_MATRICES, PLAN_FLAT } plan_kind;
  * caller's memory. The flat rest is one wave. */
 typedef struct wave {
     plan_kind kind;
-    bool packed;            /* gradients are copied to the pack arena before they are sent */
-    int64_t rows, cols;     /* of every slot's view, up to transposition; flat: [1, slot] */
-    size_t slot;            /* elements */
-    size_t first_slot;      /* its world_size entries in plan.slots */
-    size_t first_view;      /* lowest view in it; flat: not used */
-    int first_tensor;       /* lowest tensor in it */
-    int64_t priority;       /* highest in it */
-    size_t pack_offset;     /* elements in the pack arena, [world_size, slot] */
-    size_t owned_offset;    /* elements in the owned arena, [slot] */
-    size_t exchange_offset; /* elements of reduce-scatter scratch in the exchange arena,
-                               [world_size, slot] */
-    size_t gather_offset; /* elements in the exchange arena once gradients are reduced, [world_size,
-                             slot] */
+    bool packed;           /* gradients are copied to the pack arena before they are sent */
+    int64_t rows, cols;    /* of every slot's view, up to transposition; flat: [1, slot] */
+    size_t slot;           /* elements */
+    muonshard_dtype dtype; /* of its parameters; flat: of all of them, or fp32 where they differ */
+    muonshard_dtype wire;  /* of gradients as they travel: theirs, or fp32 where they differ */
+    muonshard_dtype sent;  /* of what is gathered: U, or parameters */
+    size_t first_slot;     /* its world_size entries in plan.slots */
+    size_t first_view;     /* lowest view in it; flat: not used */
+    int first_tensor;      /* lowest tensor in it */
+    int64_t priority;      /* highest in it */
+    /* bytes in the pack arena, [world_size, slot] of wire */
+    size_t pack_offset;
+    /* bytes in the exchange arena: reduce-scatter scratch, [world_size, slot] of wire; and once
+     * gradients are reduced what is gathered, [world_size, slot] of sent, and the variance's
+     * factors, [world_size, long side] fp32 */
+    size_t exchange_offset, gather_offset, factor_offset;
+    /* elements in what this rank owns: [slot]; [long side] of the variance; of masters [slot], or
+     * [world_size, slot] where they are replicated */
+    size_t owned_offset, variance_offset, master_offset;
 } wave;
 
 #define PLAN_EMPTY_SLOT SIZE_MAX
@@ -41,11 +47,13 @@ typedef struct bucket {
     bool packed; /* some wave in it is */
 } bucket;
 
-/* Waves [first, first + count) of one oriented shape m <= n: one batched Newton-Schulz, one group
- * of all-gathers. */
+/* Waves [first, first + count) of one oriented shape m <= n and one dtype of parameters: one
+ * batched Newton-Schulz, one group of all-gathers. */
 typedef struct batch {
     plan_kind kind;
     int64_t m, n;
+    muonshard_dtype dtype;
+    bool gathers_params;
     size_t first, count;
 } batch;
 
@@ -67,12 +75,15 @@ typedef struct plan {
                             buffer */
     size_t flat_elements, flat_shard;
 
-    /* arenas, elements a rank */
-    size_t pack_elements, matrix_elements, owned_elements, largest_unpacked;
-    size_t scratch_elements, gather_elements; /* the exchange arena is first this, then that */
+    /* arenas a rank; elements */
+    size_t matrix_elements, owned_elements, variance_elements, master_elements;
+    bool flat_master; /* flat parameters are kept in fp32 beside the caller's */
+    /* arenas a rank, bytes; the exchange arena is first scratch, then gathered */
+    size_t pack_bytes, largest_unpacked_bytes, scratch_bytes, gather_bytes;
     /* a step, bytes a rank */
     size_t bytes_reduced, bytes_gathered, bytes_packed, bytes_padded;
-    double imbalance; /* largest / mean Newton-Schulz cost over the ranks; 1 without matrices */
+    size_t bytes_state; /* momentum, AdamW's, variance, masters */
+    double imbalance;   /* largest / mean Newton-Schulz cost over the ranks; 1 without matrices */
 } plan;
 
 muonshard_status plan_make(plan *p, const registry *r, const settings *s, int world_size,

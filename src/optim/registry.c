@@ -14,6 +14,44 @@ static bool name_taken(const registry *r, const char *name) {
     return false;
 }
 
+bool registry_gathers_params(const settings *s, muonshard_dtype dtype) {
+    if (s->gather != GATHER_AUTO)
+        return s->gather == GATHER_PARAMS;
+    return dtype != MUONSHARD_FP32 && s->master != MASTER_REPLICATED;
+}
+
+master_mode registry_master(const settings *s, muonshard_dtype dtype) {
+    if (dtype == MUONSHARD_FP32)
+        return MASTER_NONE;
+    if (s->master != MASTER_AUTO)
+        return (master_mode)s->master;
+    return s->rounding == ROUNDING_STOCHASTIC ? MASTER_NONE : MASTER_OWNER;
+}
+
+/* Small updates have to survive in 16 bits: in an fp32 copy, or by chance. */
+static muonshard_status check_storage(const settings *s, const muonshard_tensor_desc *d,
+                                      error_text *error) {
+    const master_mode master = registry_master(s, d->dtype);
+    const bool params = registry_gathers_params(s, d->dtype);
+    if (d->dtype == MUONSHARD_FP32 || d->role == MUONSHARD_ROLE_FROZEN)
+        return MUONSHARD_OK;
+    FAIL_IF(master == MASTER_NONE && s->rounding != ROUNDING_STOCHASTIC, error,
+            MUONSHARD_ERR_CONFIG,
+            "tensor '%s' is %s: master none needs rounding stochastic, or small updates are lost",
+            d->name, dtype_name(d->dtype));
+    FAIL_IF(d->role == MUONSHARD_ROLE_MATRIX && master == MASTER_OWNER && !params, error,
+            MUONSHARD_ERR_CONFIG,
+            "tensor '%s' is %s: gather updates needs master replicated, or rounding stochastic "
+            "without a master",
+            d->name, dtype_name(d->dtype));
+    FAIL_IF(
+        d->role == MUONSHARD_ROLE_MATRIX && master == MASTER_REPLICATED && params, error,
+        MUONSHARD_ERR_CONFIG,
+        "tensor '%s' is %s: gather params leaves master owner or none; replicated is for updates",
+        d->name, dtype_name(d->dtype));
+    return MUONSHARD_OK;
+}
+
 static muonshard_status check_desc(const registry *r, const muonshard_tensor_desc *d,
                                    error_text *error) {
     const muonshard_status bad = MUONSHARD_ERR_ARGUMENT;
@@ -25,8 +63,12 @@ static muonshard_status check_desc(const registry *r, const muonshard_tensor_des
             d->name, (int)d->role);
     FAIL_IF(d->form != MUONSHARD_STACK && d->form != MUONSHARD_FLATTEN, error, bad,
             "tensor '%s': unknown matrix form %d", d->name, (int)d->form);
-    FAIL_IF(d->dtype != MUONSHARD_FP32, error, MUONSHARD_ERR_UNSUPPORTED,
-            "tensor '%s': dtype %d; only fp32 is supported", d->name, (int)d->dtype);
+    FAIL_IF(!dtype_name(d->dtype), error, MUONSHARD_ERR_UNSUPPORTED,
+            "tensor '%s': dtype %d; fp32, bf16 and fp16 are supported", d->name, (int)d->dtype);
+    FAIL_IF(d->grad_dtype != MUONSHARD_DTYPE_OF_PARAM && !dtype_name(d->grad_dtype), error,
+            MUONSHARD_ERR_UNSUPPORTED,
+            "tensor '%s': grad_dtype %d; fp32, bf16 and fp16 are supported", d->name,
+            (int)d->grad_dtype);
     FAIL_IF(d->dims < 0 || d->dims > MUONSHARD_MAX_DIMS, error, bad,
             "tensor '%s' has %d dimensions; 0 to %d are allowed", d->name, d->dims,
             MUONSHARD_MAX_DIMS);
@@ -81,12 +123,13 @@ static void set_matrix_shape(tensor *t) {
 /* Updated twice, a parameter would be wrong: tied weights are registered once. */
 static muonshard_status check_overlap(const registry *r, const tensor *t, const char *name,
                                       error_text *error) {
-    const uintptr_t start = (uintptr_t)t->param, end = start + t->elements * sizeof(float);
+    const uintptr_t start = (uintptr_t)t->param, end = start + t->elements * dtype_size(t->dtype);
     for (size_t i = 0; i < r->tensor_count && !r->weightless; i++) {
         const uintptr_t other = (uintptr_t)r->tensors[i].param;
-        FAIL_IF(start < other + r->tensors[i].elements * sizeof(float) && other < end, error,
-                MUONSHARD_ERR_ARGUMENT, "tensor '%s': its memory overlaps that of '%s'", name,
-                r->tensors[i].name);
+        FAIL_IF(start < other + r->tensors[i].elements * dtype_size(r->tensors[i].dtype) &&
+                    other < end,
+                error, MUONSHARD_ERR_ARGUMENT, "tensor '%s': its memory overlaps that of '%s'",
+                name, r->tensors[i].name);
     }
     return MUONSHARD_OK;
 }
@@ -148,9 +191,12 @@ static void add_views(registry *r, const settings *s, const tensor *t, int id) {
 muonshard_status registry_add(registry *r, const settings *s, const muonshard_tensor_desc *d,
                               int *id, error_text *error) {
     TRY(check_desc(r, d, error));
+    TRY(check_storage(s, d, error));
     tensor t = {.role = d->role,
                 .form = d->form,
                 .dims = d->dims,
+                .dtype = d->dtype,
+                .grad_dtype = d->grad_dtype == MUONSHARD_DTYPE_OF_PARAM ? d->dtype : d->grad_dtype,
                 .param = d->param,
                 .grad = d->grad,
                 .null_grad = d->null_grad,
@@ -189,8 +235,9 @@ failed:
 uint64_t registry_tensor_hash(const registry *r, size_t id) {
     const tensor *t = &r->tensors[id];
     uint64_t h = XXH64(t->name, strlen(t->name), 0);
-    const int64_t facts[] = {t->role,  t->form,     t->dims,           t->null_grad,
-                             t->group, t->priority, t->priority_stride};
+    const int64_t facts[] = {t->role,      t->form,  t->dims,     t->null_grad,
+                             t->dtype,     t->group, t->priority, t->priority_stride,
+                             t->grad_dtype};
     h = XXH64(facts, sizeof facts, h);
     h = XXH64(t->shape, (size_t)t->dims * sizeof t->shape[0], h);
     h = XXH64(t->row_splits, t->split_count * sizeof t->row_splits[0], h);

@@ -5,7 +5,7 @@
 #include "optim/optimizer.h"
 
 static uint64_t hash_tensor(const tensor *t) {
-    return XXH64(t->param, t->elements * sizeof(float), 0);
+    return XXH64(t->param, t->elements * dtype_size(t->dtype), 0);
 }
 
 /* hashes [tensor_count] of this rank against rank 0's. */
@@ -43,7 +43,7 @@ muonshard_status replicas_check(muonshard_optimizer *o) {
 muonshard_status replicas_broadcast(muonshard_optimizer *o) {
     for (size_t i = 0; i < o->registry.tensor_count; i++) {
         const tensor *t = &o->registry.tensors[i];
-        TRY_COMM(o, comm_broadcast(o->comm, t->param, t->elements * sizeof(float), 0));
+        TRY_COMM(o, comm_broadcast(o->comm, t->param, t->elements * dtype_size(t->dtype), 0));
     }
     return MUONSHARD_OK;
 }

@@ -22,6 +22,11 @@ static void dims_of(const settings *s, const tensor *t, const view *v, double *r
 double scale_factor(const settings *s, const tensor *t, const view *v) {
     double r, c, factor = 1.0;
     dims_of(s, t, v, &r, &c);
+    if (s->layout == LAYOUT_IN_OUT) {
+        const double in = r;
+        r = c;
+        c = in;
+    }
     switch ((scale_mode)s->scale) {
     case SCALE_NONE: break;
     case SCALE_SHAPE: factor = sqrt(fmax(1.0, r / c)); break;

@@ -50,7 +50,7 @@ static void add_reduction(schedule *s, const plan *p, bool reduced_by_caller) {
 }
 
 muonshard_status schedule_make(schedule *s, const plan *p, const settings *set, error_text *error) {
-    *s = (schedule){.ops = calloc(3 * p->bucket_count + 4 * p->batch_count + 2, sizeof *s->ops)};
+    *s = (schedule){.ops = calloc(3 * p->bucket_count + 6 * p->batch_count + 2, sizeof *s->ops)};
     FAIL_IF(!s->ops, error, MUONSHARD_ERR_MEMORY, "out of memory");
     add_reduction(s, p, set->reduce == REDUCE_NONE);
     const int agree = add(s, OP_AGREE, 0, s->count ? (int)s->count - 1 : OP_NONE);
@@ -64,6 +64,10 @@ muonshard_status schedule_make(schedule *s, const plan *p, const settings *set, 
         } else {
             add(s, OP_MOMENTUM, b, OP_NONE);
             computed = add(s, OP_ORTHOGONALIZE, b, OP_NONE);
+            if (set->variance != VARIANCE_NONE)
+                computed = add(s, OP_VARIANCE, b, OP_NONE);
+            if (p->batches[b].gathers_params)
+                computed = add(s, OP_UPDATE, b, OP_NONE);
         }
         const int previous = gather;
         gather = add(s, OP_ALL_GATHER, b, computed);

@@ -5,9 +5,10 @@
  *   per bucket   take | [pack] reduce-scatter      while backward still runs, in one fixed order
  *   per bucket   measure                           sums of squares of what was reduced
  *   once         agree, resolve                    skip, norm, clip: the same on every rank
- *   per batch    momentum, orthogonalize | adam    forward order
- *                all-gather                        under the next batch's computation
- *                apply                             of the batch before */
+ *   per batch    momentum, orthogonalize,          forward order
+ *                [variance], [update] | adam       update: the owner's, where parameters are
+ * gathered all-gather                        under the next batch's computation apply of the batch
+ * before */
 #ifndef SCHEDULE_H
 #define SCHEDULE_H
 
@@ -22,6 +23,8 @@
     X(OP_RESOLVE, "resolve")                                                                       \
     X(OP_MOMENTUM, "momentum")                                                                     \
     X(OP_ORTHOGONALIZE, "orthogonalize")                                                           \
+    X(OP_VARIANCE, "variance")                                                                     \
+    X(OP_UPDATE, "update")                                                                         \
     X(OP_ADAM, "adam")                                                                             \
     X(OP_ALL_GATHER, "all-gather")                                                                 \
     X(OP_APPLY, "apply")

@@ -26,17 +26,36 @@ static double deadline(const muonshard_optimizer *o) {
     return o->step == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
 }
 
-static muonshard_status run_copies(muonshard_optimizer *o, size_t count,
-                                   const step_record *record) {
+static muonshard_status run_converts(muonshard_optimizer *o, const kernel_context *context,
+                                     size_t count) {
     return from_backend(
-        o, o->backend->ops->copy(o->backend, o->copies, count, record, STREAM_COMPUTE));
+        o, o->backend->ops->convert(o->backend, context, o->converts, count, STREAM_COMPUTE));
+}
+
+static muonshard_status run_copies(muonshard_optimizer *o, const copy_item *items, size_t count,
+                                   backend_stream stream) {
+    return from_backend(o, o->backend->ops->copy(o->backend, items, count, stream));
 }
 
 static kernel_context context(const muonshard_optimizer *o) {
-    return (kernel_context){o->memory.record, o->memory.values, o->memory.active};
+    return (kernel_context){.record = o->memory.record,
+                            .values = o->memory.values,
+                            .active = o->memory.active,
+                            .stochastic = o->settings->rounding == ROUNDING_STOCHASTIC,
+                            .seed = (uint64_t)o->settings->seed};
 }
 
 /* ---- before agreement: gradients to their owners ---- */
+
+/* Elements from `first` of a tensor's gradient, zeros for a NULL one. */
+static convert_item from_grad(const tensor *t, size_t first, size_t count, void *dst,
+                              muonshard_dtype dst_dtype) {
+    return (convert_item){.dst = dst,
+                          .dst_dtype = dst_dtype,
+                          .src = tensor_grad_at(t, first),
+                          .src_dtype = t->grad_dtype,
+                          .count = count};
+}
 
 /* This rank's slots, from gradients that are already reduced. */
 static muonshard_status run_take(muonshard_optimizer *o, const op *operation) {
@@ -46,26 +65,20 @@ static muonshard_status run_take(muonshard_optimizer *o, const op *operation) {
     for (size_t i = 0; i < b->count; i++) {
         const wave *w = &p->waves[p->reduce_order[b->first + i]];
         float *owned = o->memory.owned + w->owned_offset;
-        if (w->kind == PLAN_FLAT) {
-            for (size_t k = 0; k < o->adam_count; k++) {
-                const adam_item *a = &o->adam[k];
-                const tensor *t = &o->registry.tensors[a->tensor];
-                const size_t at = p->flat_shard * (size_t)o->comm->rank + (size_t)(a->g - owned);
-                const float *grad = t->grad ? t->grad + (at - p->flat_offset[a->tensor]) : NULL;
-                o->copies[count++] =
-                    (copy_item){owned + (a->g - owned), grad, a->count * sizeof(float)};
-            }
-            continue;
+        for (size_t k = 0; w->kind == PLAN_FLAT && k < o->adam_count; k++) {
+            const adam_item *a = &o->adam[k];
+            o->converts[count++] = from_grad(&o->registry.tensors[a->tensor], work_adam_first(o, a),
+                                             a->count, owned + (a->g - owned), MUONSHARD_FP32);
         }
-        const size_t index = plan_slot_view(p, w, o->comm->rank);
+        const size_t index =
+            w->kind == PLAN_FLAT ? PLAN_EMPTY_SLOT : plan_slot_view(p, w, o->comm->rank);
         if (index == PLAN_EMPTY_SLOT)
             continue;
         const view *v = &o->registry.views[index];
-        const float *grad = o->registry.tensors[v->tensor].grad;
-        o->copies[count++] =
-            (copy_item){owned, grad ? grad + v->offset : NULL, w->slot * sizeof(float)};
+        o->converts[count++] =
+            from_grad(&o->registry.tensors[v->tensor], v->offset, w->slot, owned, MUONSHARD_FP32);
     }
-    return run_copies(o, count, NULL);
+    return run_converts(o, NULL, count);
 }
 
 /* Gradients that don't lie as they travel, into the pack arena; empty slots there stay zero. */
@@ -77,24 +90,24 @@ static muonshard_status run_pack(muonshard_optimizer *o, const op *operation) {
         const wave *w = &p->waves[p->reduce_order[b->first + i]];
         if (!w->packed)
             continue;
-        float *to = o->memory.pack + w->pack_offset;
+        char *to = o->memory.pack + w->pack_offset;
         for (size_t k = 0; w->kind == PLAN_FLAT && k < o->registry.tensor_count; k++) {
             const tensor *t = &o->registry.tensors[k];
             if (t->role == MUONSHARD_ROLE_ELEMENTWISE)
-                o->copies[count++] =
-                    (copy_item){to + p->flat_offset[k], t->grad, t->elements * sizeof(float)};
+                o->converts[count++] = from_grad(
+                    t, 0, t->elements, to + p->flat_offset[k] * dtype_size(w->wire), w->wire);
         }
         for (int r = 0; w->kind == PLAN_MATRICES && r < p->world_size; r++) {
             const size_t index = plan_slot_view(p, w, r);
             if (index == PLAN_EMPTY_SLOT)
                 continue;
             const view *v = &o->registry.views[index];
-            const float *grad = o->registry.tensors[v->tensor].grad;
-            o->copies[count++] = (copy_item){
-                to + (size_t)r * w->slot, grad ? grad + v->offset : NULL, w->slot * sizeof(float)};
+            o->converts[count++] =
+                from_grad(&o->registry.tensors[v->tensor], v->offset, w->slot,
+                          to + (size_t)r * w->slot * dtype_size(w->wire), w->wire);
         }
     }
-    return run_copies(o, count, NULL);
+    return run_converts(o, NULL, count);
 }
 
 /* Waves that are not packed are sent from where the caller has them. */
@@ -106,8 +119,8 @@ static void point_gradients(muonshard_optimizer *o, const op *operation, op_stat
         if (w->packed)
             continue;
         const view *v = &o->registry.views[w->first_view];
-        const float *grad = o->registry.tensors[v->tensor].grad;
-        state->parts[i].send = grad ? grad + v->offset : o->memory.zeros;
+        const void *grad = tensor_grad_at(&o->registry.tensors[v->tensor], v->offset);
+        state->parts[i].send = grad ? grad : o->memory.zeros;
     }
 }
 
@@ -119,26 +132,24 @@ static muonshard_status run_measure(muonshard_optimizer *o, const op *operation)
 /* ---- agreement ---- */
 
 static muonshard_status write_word(muonshard_optimizer *o) {
+    const workspace *m = &o->memory;
     o->word_head[0] = o->step_status != MUONSHARD_OK;
-    o->copies[1] =
-        (copy_item){o->memory.word + o->word_stride - 1, &o->fingerprint, sizeof o->fingerprint};
     for (size_t i = 0; i < o->registry.tensor_count; i++)
         o->word_head[1 + i] = o->registry.tensors[i].grad != NULL;
-    o->copies[0] =
-        (copy_item){o->memory.word, o->word_head, (1 + o->registry.tensor_count) * sizeof(double)};
+    const copy_item items[] = {
+        {m->word, o->word_head, (1 + o->registry.tensor_count) * sizeof(double)},
+        {m->word + o->word_stride - 1, &o->fingerprint, sizeof o->fingerprint}};
     /* On the stream of the all-gather: the fence before it came before this copy. */
-    return from_backend(o, o->backend->ops->copy(o->backend, o->copies, 2, NULL, STREAM_COMM));
+    return run_copies(o, items, 2, STREAM_COMM);
 }
 
 /* Group totals over agree_comm: rank 0 of each group brings its sum, the others zero. */
 static muonshard_status gather_totals(muonshard_optimizer *o) {
+    static const double zero = 0.0;
     double *own = o->memory.totals, *contribution = own + 2;
-    o->copies[0] = (copy_item){contribution, own, 2 * sizeof *own};
-    TRY(run_copies(o, 1, NULL));
-    if (o->comm->rank != 0) {
-        o->copies[0] = (copy_item){contribution + 1, NULL, sizeof *own};
-        TRY(run_copies(o, 1, NULL));
-    }
+    const copy_item items[] = {{contribution, own, 2 * sizeof *own},
+                               {contribution + 1, &zero, sizeof zero}};
+    TRY(run_copies(o, items, o->comm->rank == 0 ? 1 : 2, STREAM_COMPUTE));
     const comm_part part = {.send = contribution, .recv = own + 4, .bytes = 2 * sizeof *own};
     const comm_request request = {.kind = COMM_ALL_GATHER,
                                   .parts = &part,
@@ -155,8 +166,8 @@ static muonshard_status gather_totals(muonshard_optimizer *o) {
 
 static muonshard_status read_record(muonshard_optimizer *o) {
     step_record r;
-    o->copies[0] = (copy_item){&r, o->memory.record, sizeof r};
-    TRY(run_copies(o, 1, NULL));
+    const copy_item item = {&r, o->memory.record, sizeof r};
+    TRY(run_copies(o, &item, 1, STREAM_COMPUTE));
     o->results[o->step % STEP_RESULTS] =
         (muonshard_step_result_info){.size = sizeof(muonshard_step_result_info),
                                      .step = o->step,
@@ -207,10 +218,13 @@ static muonshard_status run_resolve(muonshard_optimizer *o, const op *operation)
 
 static muonshard_status run_momentum(muonshard_optimizer *o, const op *operation) {
     const batch_work *b = &o->batches[operation->index];
+    const settings *s = o->settings;
     const kernel_context c = context(o);
-    return from_backend(
-        o, o->backend->ops->momentum(o->backend, &c, (momentum_form)o->settings->momentum_form,
-                                     o->settings->nesterov != 0, b->momentum, b->owned));
+    const momentum_args args = {.form = (momentum_form)s->momentum_form,
+                                .nesterov = s->nesterov != 0,
+                                .l2 = s->decay == DECAY_L2,
+                                .dtype = (muonshard_dtype)s->momentum_dtype};
+    return from_backend(o, o->backend->ops->momentum(o->backend, &c, &args, b->momentum, b->owned));
 }
 
 static muonshard_status run_orthogonalize(muonshard_optimizer *o, const op *operation) {
@@ -228,43 +242,81 @@ static muonshard_status run_orthogonalize(muonshard_optimizer *o, const op *oper
     return MUONSHARD_OK;
 }
 
-static muonshard_status run_adam(muonshard_optimizer *o, const op *operation) {
-    (void)operation;
+static muonshard_status run_variance(muonshard_optimizer *o, const op *operation) {
+    const batch_work *b = &o->batches[operation->index];
     const settings *s = o->settings;
-    const size_t start = o->plan.flat_shard * (size_t)o->comm->rank;
-    for (size_t i = 0; i < o->adam_count; i++) {
-        const adam_item *a = &o->adam[i];
-        const size_t at = start + (size_t)(a->w - o->memory.flat_w);
-        const float *param =
-            o->registry.tensors[a->tensor].param + (at - o->plan.flat_offset[a->tensor]);
-        o->copies[i] = (copy_item){a->w, param, a->count * sizeof(float)};
-    }
-    TRY(run_copies(o, o->adam_count, NULL));
     const kernel_context c = context(o);
-    const adam_args args = {.form = (adam_form)s->adam_form,
+    const variance_args args = {.denominator = (variance_denominator)s->variance_denominator,
+                                .beta2 = s->variance_beta2,
+                                .eps = s->variance_eps};
+    return from_backend(o, o->backend->ops->variance(o->backend, &c, &args, b->variance, b->owned));
+}
+
+/* U into parameters: of all matrices where updates are gathered, of this rank's otherwise. */
+static muonshard_status run_update(muonshard_optimizer *o, const op *operation) {
+    const batch_work *b = &o->batches[operation->index];
+    const settings *s = o->settings;
+    const kernel_context c = context(o);
+    const apply_args args = {.decay = (decay_method)s->decay,
+                             .form = (decay_form)s->decay_form,
+                             .scaled_lr = s->decay_lr == DECAY_LR_SCALED};
+    return from_backend(o, o->backend->ops->apply(o->backend, &c, &args, b->apply, b->apply_count));
+}
+
+static muonshard_status run_adam(muonshard_optimizer *o, const op *operation) {
+    const settings *s = o->settings;
+    const wave *flat = &o->plan.waves[o->plan.batches[operation->index].first];
+    TRY(run_converts(o, NULL, work_load_flat(o, o->converts, false)));
+    const kernel_context c = context(o);
+    const adam_args args = {.rule = (elementwise_rule)s->elementwise,
+                            .form = (adam_form)s->adam_form,
+                            .nesterov = s->adam_nesterov != 0,
                             .beta1 = s->adam_beta1,
                             .beta2 = s->adam_beta2,
-                            .eps = s->adam_eps};
-    return from_backend(o, o->backend->ops->adam(o->backend, &c, &args, o->adam, o->adam_count));
+                            .eps = s->adam_eps,
+                            .decay = (decay_method)s->adam_decay};
+    TRY(from_backend(o, o->backend->ops->adam(o->backend, &c, &args, o->adam, o->adam_count)));
+    if (!o->memory.flat_sent)
+        return MUONSHARD_OK;
+    for (size_t i = 0; i < o->adam_count; i++) {
+        const adam_item *a = &o->adam[i];
+        const size_t at = (size_t)(a->w - o->memory.flat_w) * dtype_size(flat->sent);
+        o->converts[i] = (convert_item){.dst = (char *)o->memory.flat_sent + at,
+                                        .dst_dtype = flat->sent,
+                                        .src = a->w,
+                                        .src_dtype = MUONSHARD_FP32,
+                                        .count = a->count,
+                                        .tensor = a->tensor,
+                                        .first = work_adam_first(o, a)};
+    }
+    return run_converts(o, &c, o->adam_count);
 }
 
 static muonshard_status run_apply(muonshard_optimizer *o, const op *operation) {
     const plan *p = &o->plan;
     const batch *b = &p->batches[operation->index];
-    if (b->kind == PLAN_MATRICES) {
-        const batch_work *work = &o->batches[operation->index];
-        const kernel_context c = context(o);
-        return from_backend(o, o->backend->ops->apply(o->backend, &c, work->apply, work->views));
-    }
-    const float *gathered = o->memory.exchange + p->waves[b->first].gather_offset;
+    const batch_work *work = &o->batches[operation->index];
+    const kernel_context c = context(o);
+    if (b->kind == PLAN_MATRICES && !b->gathers_params)
+        return run_update(o, operation);
+    if (b->kind == PLAN_MATRICES)
+        return from_backend(o, o->backend->ops->convert(o->backend, &c, work->store,
+                                                        work->store_count, STREAM_COMPUTE));
+    const wave *flat = &p->waves[b->first];
+    const char *gathered = o->memory.exchange + flat->gather_offset;
     size_t count = 0;
     for (size_t i = 0; i < o->registry.tensor_count; i++) {
         const tensor *t = &o->registry.tensors[i];
         if (t->role == MUONSHARD_ROLE_ELEMENTWISE)
-            o->copies[count++] =
-                (copy_item){t->param, gathered + p->flat_offset[i], t->elements * sizeof(float)};
+            o->converts[count++] =
+                (convert_item){.dst = t->param,
+                               .dst_dtype = t->dtype,
+                               .src = gathered + p->flat_offset[i] * dtype_size(flat->sent),
+                               .src_dtype = flat->sent,
+                               .count = t->elements,
+                               .tensor = (int)i};
     }
-    return run_copies(o, count, o->memory.record);
+    return run_converts(o, &c, count);
 }
 
 /* ---- collectives ---- */
@@ -325,6 +377,8 @@ static muonshard_status (*const run_kind[OP_KIND_COUNT])(muonshard_optimizer *o,
     [OP_RESOLVE] = run_resolve,
     [OP_MOMENTUM] = run_momentum,
     [OP_ORTHOGONALIZE] = run_orthogonalize,
+    [OP_VARIANCE] = run_variance,
+    [OP_UPDATE] = run_update,
     [OP_ADAM] = run_adam,
     [OP_ALL_GATHER] = start_collective,
     [OP_APPLY] = run_apply,

@@ -1,0 +1,112 @@
+/* host_apply.c - weight decay and update of matrices, with or without fp32 masters. */
+#include "kernels/host.h"
+#include "kernels/host_elementwise.h"
+
+typedef struct apply_scalars {
+    float keep, d, step; /* 1 - d, d, lr scale */
+    bool cautious;
+} apply_scalars;
+
+static inline bool pulls_to_zero(float w, float u) {
+    return ((w >= 0.0f) & (u >= 0.0f)) | ((w <= 0.0f) & (u <= 0.0f));
+}
+
+/* `cautious` is constant where they are called, for a loop of its own each way. */
+static inline void multiply(float *restrict w, const float *restrict u, size_t n, apply_scalars s,
+                            bool cautious) {
+    for (size_t i = 0; i < n; i++) {
+        const float keep = !cautious || pulls_to_zero(w[i], u[i]) ? s.keep : 1.0f;
+        w[i] = keep * w[i] - s.step * u[i];
+    }
+}
+
+static inline void add(float *restrict w, const float *restrict u, size_t n, apply_scalars s,
+                       bool cautious) {
+    for (size_t i = 0; i < n; i++) {
+        const float d = !cautious || pulls_to_zero(w[i], u[i]) ? s.d : 0.0f;
+        w[i] = (w[i] + -d * w[i]) - s.step * u[i];
+    }
+}
+
+static inline void with_update(float *restrict w, const float *restrict u, size_t n,
+                               apply_scalars s, bool cautious) {
+    for (size_t i = 0; i < n; i++) {
+        const float d = !cautious || pulls_to_zero(w[i], u[i]) ? s.d : 0.0f;
+        w[i] = w[i] - (s.step * u[i] + d * w[i]);
+    }
+}
+
+static void decay_and_update(decay_form form, float *w, const float *u, size_t n, apply_scalars s) {
+    switch (form) {
+    case DECAY_FORM_MULTIPLY:
+        s.cautious ? multiply(w, u, n, s, true) : multiply(w, u, n, s, false);
+        break;
+    case DECAY_FORM_ADD: s.cautious ? add(w, u, n, s, true) : add(w, u, n, s, false); break;
+    case DECAY_FORM_WITH_UPDATE:
+        s.cautious ? with_update(w, u, n, s, true) : with_update(w, u, n, s, false);
+        break;
+    }
+}
+
+/* out = diag(factor) U or U diag(factor), elements [start, start + n): row by row. */
+static void multiply_factor(float *restrict out, const float *restrict u, const apply_item *it,
+                            size_t start, size_t n) {
+    const size_t cols = (size_t)it->cols;
+    size_t row = start / cols, col = start % cols;
+    for (size_t done = 0; done < n; row++, col = 0) {
+        const size_t length = cols - col < n - done ? cols - col : n - done;
+        if (it->by_rows)
+            for (size_t i = 0; i < length; i++)
+                out[done + i] = it->factor[row] * u[done + i];
+        else
+            for (size_t i = 0; i < length; i++)
+                out[done + i] = it->factor[col + i] * u[done + i];
+        done += length;
+    }
+}
+
+static void apply_block(const kernel_context *c, decay_form form, apply_scalars s,
+                        const apply_item *it, size_t start, size_t n) {
+    float u_block[HOST_BLOCK], scaled[HOST_BLOCK], w_block[HOST_BLOCK];
+    const float *u = host_read(it->u, it->u_dtype, start, n, u_block);
+    if (it->factor) {
+        multiply_factor(scaled, u, it, start, n);
+        u = scaled;
+    }
+    void *stored = host_at(it->w, it->w_dtype, start);
+    float *w = w_block;
+    if (it->master)
+        w = it->master + start;
+    else if (it->w_dtype == MUONSHARD_FP32)
+        w = stored;
+    else
+        dtype_load(w, stored, it->w_dtype, n);
+    decay_and_update(form, w, u, n, s);
+    if (c->stochastic && it->w_dtype != MUONSHARD_FP32)
+        dtype_store_stochastic(stored, it->w_dtype, w, n, c->seed, (uint32_t)c->record->count,
+                               (uint32_t)it->tensor, it->first + start);
+    else if (w != stored)
+        dtype_store(stored, it->w_dtype, w, n);
+}
+
+muonshard_status host_apply(backend *self, const kernel_context *c, const apply_args *args,
+                            const apply_item *items, size_t count) {
+    (void)self;
+    for (size_t i = 0; i < count; i++) {
+        const apply_item *it = &items[i];
+        if (host_leave_alone(c, it->tensor))
+            continue;
+        const tensor_values *v = &c->values[it->tensor];
+        const bool scaled = args->scaled_lr && args->decay != DECAY_INDEPENDENT;
+        const double d =
+            host_decay(args->decay, v->lr, v->weight_decay) * (scaled ? it->scale : 1.0);
+        const apply_scalars s = {.keep = (float)(1.0 - d),
+                                 .d = (float)d,
+                                 .step = (float)(v->lr * it->scale),
+                                 .cautious = host_decay_is_cautious(args->decay)};
+        const size_t elements = (size_t)it->rows * (size_t)it->cols;
+        for (size_t start = 0; start < elements; start += HOST_BLOCK)
+            apply_block(c, args->form, s, it, start, host_block(start, elements));
+    }
+    return MUONSHARD_OK;
+}

@@ -1,0 +1,53 @@
+/* host_elementwise.h - what the element-wise kernels of the host share. They go through arrays of
+ * any dtype in blocks of fp32 that stay in the cache, with one plain loop a formula; scalars are
+ * computed in fp64 and rounded once. Blocks are counted from the start of the item and no element
+ * looks at another, so that bits don't depend on where an array is cut. */
+#ifndef HOST_ELEMENTWISE_H
+#define HOST_ELEMENTWISE_H
+
+#include "kernels/backend.h"
+
+enum { HOST_BLOCK = 1024 }; /* elements */
+
+static inline bool host_leave_alone(const kernel_context *c, int tensor) {
+    return c->record->skip || !c->active[tensor];
+}
+
+/* Elements of the block at `start`. */
+static inline size_t host_block(size_t start, size_t count) {
+    return count - start < HOST_BLOCK ? count - start : HOST_BLOCK;
+}
+
+/* As strchr: const only where the caller's array is. */
+static inline void *host_at(const void *array, muonshard_dtype dtype, size_t element) {
+    return (char *)array + element * dtype_size(dtype);
+}
+
+/* Elements [start, start + n) as fp32: where they are if that is what they are, or in `block`. */
+static inline const float *host_read(const void *array, muonshard_dtype dtype, size_t start,
+                                     size_t n, float *block) {
+    const void *at = host_at(array, dtype, start);
+    if (dtype == MUONSHARD_FP32)
+        return at;
+    dtype_load(block, at, dtype, n);
+    return block;
+}
+
+/* d, see decay_method. */
+static inline double host_decay(decay_method method, double lr, double wd) {
+    switch (method) {
+    case DECAY_DECOUPLED:
+    case DECAY_CAUTIOUS: return lr * wd;
+    case DECAY_INDEPENDENT: return wd;
+    case DECAY_LR_SQUARED:
+    case DECAY_CAUTIOUS_LR_SQUARED: return lr * lr * wd;
+    case DECAY_L2: break;
+    }
+    return 0.0;
+}
+
+static inline bool host_decay_is_cautious(decay_method method) {
+    return method == DECAY_CAUTIOUS || method == DECAY_CAUTIOUS_LR_SQUARED;
+}
+
+#endif

@@ -1,0 +1,102 @@
+/* host_momentum.c - momentum M and update direction U from the summed gradient S. */
+#include <math.h>
+
+#include "kernels/host.h"
+#include "kernels/host_elementwise.h"
+
+typedef struct momentum_scalars {
+    bool ema, nesterov, towards_g;
+    float factor, wd; /* g = factor S + wd W */
+    float mu, rest;   /* rest = 1 - mu */
+    float m, g;       /* U = m M + g G, but for the Nesterov of ema */
+} momentum_scalars;
+
+static momentum_scalars momentum_scalars_of(const momentum_args *args, const step_record *record,
+                                            const tensor_values *v) {
+    const double mu = v->momentum, t = (double)record->count;
+    double m = 1.0, g = 0.0;
+    if (args->form == MOMENTUM_EMA_CORRECTED) {
+        m = args->nesterov ? mu / (1.0 - pow(mu, t + 1.0)) : 1.0 / (1.0 - pow(mu, t));
+        g = (1.0 - mu) / (1.0 - pow(mu, t));
+    } else if (args->nesterov) {
+        m = args->form == MOMENTUM_HEAVY_BALL ? mu : 1.0;
+        g = args->form == MOMENTUM_HEAVY_BALL ? 1.0 : mu;
+    }
+    return (momentum_scalars){.ema = args->form == MOMENTUM_EMA ||
+                                     args->form == MOMENTUM_EMA_CORRECTED,
+                              .nesterov = args->nesterov,
+                              .towards_g = args->form == MOMENTUM_EMA,
+                              .factor = record->grad_factor,
+                              .wd = (float)v->weight_decay,
+                              .mu = (float)mu,
+                              .rest = (float)(1.0 - mu),
+                              .m = (float)m,
+                              .g = (float)g};
+}
+
+static void add_decay(float *restrict g, const float *restrict w, size_t n, float factor,
+                      float wd) {
+    for (size_t i = 0; i < n; i++)
+        g[i] = factor * g[i] + wd * w[i];
+}
+
+/* (1-mu) g + mu M is M moved by 1-mu towards g, for M and for U alike. */
+static inline float next_momentum(momentum_scalars s, float m, float g) {
+    return s.ema ? m + s.rest * (g - m) : s.mu * m + g;
+}
+
+static inline float direction(momentum_scalars s, float m, float g) {
+    if (!s.nesterov)
+        return s.m * m;
+    return s.towards_g ? m + s.rest * (g - m) : s.m * m + s.g * g;
+}
+
+static void momentum_fp32(float *restrict u, float *restrict m, size_t n, momentum_scalars s) {
+    for (size_t i = 0; i < n; i++) {
+        const float g = s.factor * u[i];
+        m[i] = next_momentum(s, m[i], g);
+        u[i] = direction(s, m[i], g);
+    }
+}
+
+/* U is made of M as it is stored. */
+static void momentum_16bit(float *restrict u, void *momentum, muonshard_dtype dtype, size_t n,
+                           momentum_scalars s) {
+    float m[HOST_BLOCK];
+    dtype_load(m, momentum, dtype, n);
+    for (size_t i = 0; i < n; i++)
+        m[i] = next_momentum(s, m[i], s.factor * u[i]);
+    dtype_store(momentum, dtype, m, n);
+    dtype_load(m, momentum, dtype, n);
+    for (size_t i = 0; i < n; i++)
+        u[i] = direction(s, m[i], s.factor * u[i]);
+}
+
+static void momentum_block(const momentum_args *args, momentum_scalars s, const momentum_item *it,
+                           size_t start, size_t n) {
+    float *u = it->g_u + start;
+    void *m = host_at(it->momentum, args->dtype, start);
+    if (args->l2) {
+        float block[HOST_BLOCK];
+        add_decay(u, host_read(it->w, it->w_dtype, start, n, block), n, s.factor, s.wd);
+        s.factor = 1.0f;
+    }
+    if (args->dtype == MUONSHARD_FP32)
+        momentum_fp32(u, m, n, s);
+    else
+        momentum_16bit(u, m, args->dtype, n, s);
+}
+
+muonshard_status host_momentum(backend *self, const kernel_context *c, const momentum_args *args,
+                               const momentum_item *items, size_t count) {
+    (void)self;
+    for (size_t i = 0; i < count; i++) {
+        const momentum_item *it = &items[i];
+        if (host_leave_alone(c, it->tensor))
+            continue;
+        const momentum_scalars s = momentum_scalars_of(args, c->record, &c->values[it->tensor]);
+        for (size_t start = 0; start < it->count; start += HOST_BLOCK)
+            momentum_block(args, s, it, start, host_block(start, it->count));
+    }
+    return MUONSHARD_OK;
+}

@@ -1,0 +1,68 @@
+/* host_variance.c - variance normalisation (NorMuon): a factor a row or a column of U. */
+#include <math.h>
+
+#include "kernels/host.h"
+#include "kernels/host_elementwise.h"
+
+/* Sums of squares of rows [first, first + n). */
+static void squares_of_rows(double *sums, const variance_item *it, size_t first, size_t n) {
+    const size_t cols = (size_t)it->cols;
+    float block[HOST_BLOCK];
+    for (size_t i = 0; i < n; i++) {
+        sums[i] = 0.0;
+        for (size_t col = 0; col < cols; col += HOST_BLOCK) {
+            const size_t length = host_block(col, cols);
+            const float *u = host_read(it->u, it->u_dtype, (first + i) * cols + col, length, block);
+            sums[i] += host_sum_squares(u, length);
+        }
+    }
+}
+
+/* Of columns [first, first + n), n <= HOST_BLOCK. */
+static void squares_of_columns(double *sums, const variance_item *it, size_t first, size_t n) {
+    float block[HOST_BLOCK];
+    for (size_t i = 0; i < n; i++)
+        sums[i] = 0.0;
+    for (size_t row = 0; row < (size_t)it->rows; row++) {
+        const float *u = host_read(it->u, it->u_dtype, row * (size_t)it->cols + first, n, block);
+        for (size_t i = 0; i < n; i++)
+            sums[i] += (double)u[i] * (double)u[i];
+    }
+}
+
+static double denominator(const variance_args *args, float v) {
+    return args->denominator == VARIANCE_CLAMPED ? sqrt(fmax(v, args->eps)) : sqrt(v) + args->eps;
+}
+
+static void variance(const variance_args *args, const variance_item *it) {
+    const size_t lines = (size_t)(it->by_rows ? it->rows : it->cols);
+    const double length = (double)(it->by_rows ? it->cols : it->rows);
+    double norm2 = 0.0, divided2 = 0.0; /* squared Frobenius norms of U and of U once divided */
+    double sums[HOST_BLOCK];
+    for (size_t start = 0; start < lines; start += HOST_BLOCK) {
+        const size_t n = host_block(start, lines);
+        float *v = it->v + start;
+        if (it->by_rows)
+            squares_of_rows(sums, it, start, n);
+        else
+            squares_of_columns(sums, it, start, n);
+        for (size_t i = 0; i < n; i++) {
+            v[i] = (float)(args->beta2 * v[i] + (1.0 - args->beta2) * (sums[i] / length));
+            const double d = denominator(args, v[i]);
+            norm2 += sums[i];
+            divided2 += sums[i] / (d * d);
+        }
+    }
+    const double rescale = sqrt(norm2) / fmax(sqrt(divided2), args->eps);
+    for (size_t i = 0; i < lines; i++)
+        it->factor[i] = (float)(rescale / denominator(args, it->v[i]));
+}
+
+muonshard_status host_variance(backend *self, const kernel_context *c, const variance_args *args,
+                               const variance_item *items, size_t count) {
+    (void)self;
+    for (size_t i = 0; i < count; i++)
+        if (!host_leave_alone(c, items[i].tensor))
+            variance(args, &items[i]);
+    return MUONSHARD_OK;
+}
