@@ -9,8 +9,8 @@ const muonshard_param model_file_table[] = {
     {"model", MUONSHARD_PARAM_TEXT, offsetof(model_file, name), "model", 0, 0, NULL,
      "Name of the model, for tables."},
     {"tensors", MUONSHARD_PARAM_LIST, offsetof(model_file, tensor_lines), "", 0, 0, NULL,
-     "Its tensors: name, role (matrix, elementwise or frozen), shape, and for matrices form (stack "
-     "or flatten) and row_splits."},
+     "Its tensors: name, role (matrix, elementwise or frozen), shape, dtype and grad_dtype (fp32, "
+     "bf16 or fp16), and for matrices form (stack or flatten) and row_splits."},
 };
 const size_t model_file_table_count = sizeof model_file_table / sizeof model_file_table[0];
 
@@ -39,6 +39,13 @@ static bool read_role(const char *text, muonshard_role *role) {
     return *role != MUONSHARD_ROLE_UNSET;
 }
 
+static bool read_dtype(const char *text, muonshard_dtype *dtype) {
+    *dtype = strcmp(text, "bf16") == 0   ? MUONSHARD_BF16
+             : strcmp(text, "fp16") == 0 ? MUONSHARD_FP16
+                                         : MUONSHARD_FP32;
+    return *dtype != MUONSHARD_FP32 || strcmp(text, "fp32") == 0;
+}
+
 /* `splits` has room for `room` numbers; what was read is taken from it. */
 static muonshard_status read_word(muonshard_tensor_desc *t, const char *key, char *value,
                                   int64_t *splits, int room, char *message) {
@@ -55,13 +62,17 @@ static muonshard_status read_word(muonshard_tensor_desc *t, const char *key, cha
         count = read_numbers(value, splits, room);
         t->row_splits = splits;
         t->row_split_count = count > 0 ? (size_t)count : 0;
+    } else if (strcmp(key, "dtype") == 0) {
+        good = read_dtype(value, &t->dtype);
+    } else if (strcmp(key, "grad_dtype") == 0) {
+        good = read_dtype(value, &t->grad_dtype);
     } else if (strcmp(key, "form") == 0) {
         good = strcmp(value, "stack") == 0 || strcmp(value, "flatten") == 0;
         t->form = strcmp(value, "flatten") == 0 ? MUONSHARD_FLATTEN : MUONSHARD_STACK;
     } else {
         return message_fail(message, MUONSHARD_ERR_CONFIG,
-                            "tensors: '%s': unknown word '%s'; known are name, role, shape, form, "
-                            "row_splits",
+                            "tensors: '%s': unknown word '%s'; known are name, role, shape, dtype, "
+                            "grad_dtype, form, row_splits",
                             t->name ? t->name : "?", key);
     }
     if (!good || count < 0)

@@ -5,7 +5,8 @@
  *     - {name: wte, role: elementwise, shape: [50257, 768]}
  *     - {name: qkv, role: matrix, shape: [12, 2304, 768], row_splits: [768, 768, 768]}
  *
- * A tensor may have form=stack|flatten. Settings of the optimizer may stand beside it. */
+ * A tensor may have form=stack|flatten, dtype=fp32|bf16|fp16 and grad_dtype, which is dtype's
+ * unless it is given. Settings of the optimizer may stand beside it. */
 #ifndef MODEL_FILE_H
 #define MODEL_FILE_H
 

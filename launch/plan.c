@@ -11,6 +11,7 @@
 #include "model_file.h"
 #include "muonshard_mpi.h"
 #include "optim/newton_schulz.h"
+#include "optim/ownership.h"
 #include "optim/schedule.h"
 
 static const command_option options[] = {
@@ -38,6 +39,7 @@ typedef struct planner {
     const settings *settings;
     model_file model;
     registry registry;
+    backend *host; /* own */
     int ranks[64];
     int rank_count;
 } planner;
@@ -76,12 +78,15 @@ static muonshard_status load(planner *p, const char *path, const command_args *a
     if (status != MUONSHARD_OK)
         return message_fail(message, status, "%s", muonshard_config_last_error(p->config));
     p->settings = config_settings(p->config);
+    error_text error;
+    status = backend_open_host(&p->host, &error);
+    if (status != MUONSHARD_OK)
+        return message_fail(message, status, "%s", error.text);
     status = model_file_parse(&p->model, message);
     if (status != MUONSHARD_OK)
         return status;
     p->registry.weightless = true;
     for (size_t i = 0; i < p->model.tensor_count; i++) {
-        error_text error;
         status = registry_add(&p->registry, p->settings, &p->model.tensors[i], NULL, &error);
         if (status != MUONSHARD_OK)
             return message_fail(message, status, "%s: %s", path, error.text);
@@ -93,35 +98,26 @@ static double mib(size_t bytes) {
     return (double)bytes / (1024.0 * 1024.0);
 }
 
-/* Newton-Schulz workspace of the largest batch on the host: X, Y, A, B. */
-static size_t newton_schulz_bytes(const plan *p) {
-    size_t largest = 0;
-    for (size_t b = 0; b < p->batch_count; b++) {
-        const size_t m = (size_t)p->batches[b].m, n = (size_t)p->batches[b].n;
-        const size_t bytes = p->batches[b].kind == PLAN_FLAT ? 0 : 8 * m * (m + n);
-        largest = bytes > largest ? bytes : largest;
-    }
-    return largest;
-}
-
-static muonshard_status print_flops(const planner *p, char *message) {
+static muonshard_status print_model(const planner *p, char *message) {
     double flops = 0.0, parameters = 0.0;
-    for (size_t i = 0; i < p->registry.view_count; i++) {
-        const view *v = &p->registry.views[i];
-        const int64_t m = v->rows < v->cols ? v->rows : v->cols,
-                      n = v->rows < v->cols ? v->cols : v->rows;
-        ns_program program;
-        error_text error;
-        const muonshard_status status = newton_schulz_compile(p->settings, m, n, &program, &error);
-        if (status != MUONSHARD_OK)
-            return message_fail(message, status, "%s", error.text);
-        flops += ns_program_flops(&program, m, n);
-    }
+    char ownership[32] = "";
+    error_text error;
+    double *cost = calloc(p->registry.view_count + 1, sizeof *cost);
+    if (!cost)
+        return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
+    const muonshard_status status = ownership_price(&p->registry, p->settings, cost, &error);
+    for (size_t i = 0; status == MUONSHARD_OK && i < p->registry.view_count; i++)
+        flops += cost[i];
+    free(cost);
+    if (status != MUONSHARD_OK)
+        return message_fail(message, status, "%s", error.text);
     for (size_t i = 0; i < p->registry.tensor_count; i++)
         parameters += (double)p->registry.tensors[i].elements;
-    printf("# %s: %zu tensors, %.3f M parameters, %zu matrices, Newton-Schulz %.3f GFLOP a step\n",
+    muonshard_config_get(p->config, "ownership", ownership, sizeof ownership, NULL);
+    printf("# %s: %zu tensors, %.3f M parameters, %zu matrices, Newton-Schulz %.3f GFLOP a step, "
+           "ownership %s\n",
            p->model.name, p->registry.tensor_count, parameters * 1e-6, p->registry.view_count,
-           flops * 1e-9);
+           flops * 1e-9, ownership);
     return MUONSHARD_OK;
 }
 
@@ -132,17 +128,45 @@ static void print_header(void) {
            "(MiB)", "(MiB)", "(MiB)", "(MiB)");
 }
 
-static void print_row(const plan *q) {
-    const size_t state = (q->matrix_elements + 2 * q->flat_shard) * sizeof(float);
-    const size_t scratch = q->world_size > 1 ? q->scratch_elements : 0;
-    const size_t exchange = scratch > q->gather_elements ? scratch : q->gather_elements;
-    const size_t work =
-        (q->owned_elements + q->flat_shard + q->pack_elements + exchange) * sizeof(float) +
-        newton_schulz_bytes(q);
+/* Of the largest batch, on the host. */
+static muonshard_status newton_schulz_bytes(const planner *p, const plan *q, size_t *bytes,
+                                            error_text *error) {
+    *bytes = 0;
+    for (size_t i = 0; i < q->batch_count; i++) {
+        const batch *b = &q->batches[i];
+        ns_program program;
+        if (b->kind == PLAN_FLAT)
+            continue;
+        TRY(newton_schulz_compile(p->settings, b->dtype, b->m, b->n, &program, error));
+        const size_t needed =
+            p->host->ops->orthogonalize_workspace(p->host, &program, b->m, b->n, 1);
+        *bytes = needed > *bytes ? needed : *bytes;
+    }
+    return MUONSHARD_OK;
+}
+
+/* What commit allocates beside the state; tables of a word a tensor are left out. */
+static size_t arena_bytes(const plan *q) {
+    const size_t scratch = q->world_size > 1 ? q->scratch_bytes : 0;
+    const size_t exchange = scratch > q->gather_bytes ? scratch : q->gather_bytes;
+    size_t bytes = (q->owned_elements + q->variance_elements) * sizeof(float) + q->pack_bytes +
+                   exchange + q->largest_unpacked_bytes;
+    if (!q->flat_master)
+        bytes += q->flat_shard * sizeof(float);
+    for (size_t i = 0; i < q->wave_count; i++)
+        if (q->waves[i].kind == PLAN_FLAT && q->waves[i].sent != MUONSHARD_FP32)
+            bytes += q->flat_shard * dtype_size(q->waves[i].sent);
+    return bytes;
+}
+
+static muonshard_status print_row(const planner *p, const plan *q, error_text *error) {
+    size_t newton_schulz;
+    TRY(newton_schulz_bytes(p, q, &newton_schulz, error));
     printf("  %6d %6zu %7zu %9.3f %9.2f %9.2f %9.2f %9.2f %9.2f %9.2f\n", q->world_size,
            q->wave_count, q->batch_count, q->imbalance, mib(q->bytes_reduced),
-           mib(q->bytes_gathered), mib(q->bytes_packed), mib(q->bytes_padded), mib(state),
-           mib(work));
+           mib(q->bytes_gathered), mib(q->bytes_packed), mib(q->bytes_padded), mib(q->bytes_state),
+           mib(arena_bytes(q) + newton_schulz));
+    return MUONSHARD_OK;
 }
 
 /* The ranks that own a tensor's matrices, in their order; or whose shards hold it. */
@@ -184,15 +208,15 @@ static void print_schedule(const plan *q, const schedule *s) {
             if (b->kind == PLAN_FLAT)
                 printf("  flat, %lld elements a rank", (long long)b->n);
             else
-                printf("  %zu wave%s of %lld x %lld", b->count, b->count == 1 ? "" : "s",
-                       (long long)b->m, (long long)b->n);
+                printf("  %zu wave%s of %s %lld x %lld", b->count, b->count == 1 ? "" : "s",
+                       dtype_name(b->dtype), (long long)b->m, (long long)b->n);
         }
         printf("\n");
     }
 }
 
 static muonshard_status print_plans(const planner *p, bool with_schedule, char *message) {
-    muonshard_status status = print_flops(p, message);
+    muonshard_status status = print_model(p, message);
     if (status == MUONSHARD_OK)
         print_header();
     for (int i = 0; i < p->rank_count && status == MUONSHARD_OK; i++) {
@@ -202,10 +226,11 @@ static muonshard_status print_plans(const planner *p, bool with_schedule, char *
         status = plan_make(&q, &p->registry, p->settings, p->ranks[i], &error);
         if (status == MUONSHARD_OK)
             status = schedule_make(&s, &q, p->settings, &error);
+        if (status == MUONSHARD_OK)
+            status = print_row(p, &q, &error);
         if (status != MUONSHARD_OK)
-            return message_fail(message, status, "%s", error.text);
-        print_row(&q);
-        if (with_schedule) {
+            message_fail(message, status, "%s", error.text);
+        if (status == MUONSHARD_OK && with_schedule) {
             print_owners(&p->registry, &q);
             print_schedule(&q, &s);
         }
@@ -237,6 +262,8 @@ int command_plan(int argc, char **argv) {
             print_plans(&p, command_option_given(&usage, &args, "--schedule").count > 0, message);
     if (status != MUONSHARD_OK)
         fprintf(stderr, "muonshard plan: %s\n", message);
+    if (p.host)
+        backend_close(p.host);
     registry_free(&p.registry);
     model_file_free(&p.model);
     muonshard_config_destroy(p.config);

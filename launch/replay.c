@@ -9,6 +9,7 @@
 #include "message.h"
 #include "routing.h"
 #include "safetensors.h"
+#include "step_values.h"
 
 typedef struct replay_settings {
     const char *groups;
@@ -16,7 +17,7 @@ typedef struct replay_settings {
 
 static const muonshard_param replay_table[] = {
     {"groups", MUONSHARD_PARAM_LIST, offsetof(replay_settings, groups), "", 0, 0, NULL,
-     ROUTING_DOC},
+     ROUTING_DOC " Without a rule two dimensions or more are a matrix, or a stack of them."},
 };
 
 static const command_option replay_options[] = {
@@ -34,9 +35,9 @@ static const command_usage replay_usage = {
     .synopsis = "CONFIG --params IN --grads GRADS... --out OUT [--out-every K] [key=value...]",
     .doc =
         "Runs recorded gradients through the optimizer, one safetensors file a step, and writes "
-        "the "
-        "resulting parameters.\nUnder mpirun the ranks share the work; their gradients are reduced "
-        "as `reduce` says.",
+        "the resulting parameters.\nParameters and gradients are F32, BF16 or F16, independently; "
+        "total_steps is the number of files unless it is set.\nUnder mpirun the ranks share the "
+        "work; their gradients are reduced as `reduce` says.",
     .positional_min = 1,
     .positional_max = 1,
     .overrides = true,
@@ -56,15 +57,28 @@ typedef struct replay {
     safetensors_file params;
     /* [params.tensor_count] */
     muonshard_tensor_desc *tensors; /* own; its params are own too */
+    const char **dtypes;            /* own; names, of params */
     int *rules_chosen;              /* own */
     int *ids;                       /* own; CARRIED: the optimizer does not know it */
     safetensors_tensor *results;    /* own; what is written: as in `params`, with the new values */
+    step_values values;
     muonshard_optimizer *optimizer; /* own */
 } replay;
 
 /* An empty tensor, or a frozen one whose dtype the optimizer does not know, is written as it was
  * read. */
 #define CARRIED (-1)
+
+/* What can be updated, in the order of muonshard_dtype. */
+static const char *const dtype_names[] = {"F32", "BF16", "F16"};
+
+/* -1 for another. */
+static int find_dtype(const safetensors_dtype *dtype) {
+    for (int i = 0; i < 3; i++)
+        if (strcmp(dtype_names[i], dtype->name) == 0)
+            return i;
+    return -1;
+}
 
 /* ---- names ---- */
 
@@ -164,41 +178,66 @@ static muonshard_status check_outs(const replay *r, char *message) {
     return status;
 }
 
+static size_t find_param(const replay *r, const char *name) {
+    size_t i = 0;
+    while (i < r->params.tensor_count && strcmp(r->params.tensors[i].name, name) != 0)
+        i++;
+    return i;
+}
+
+/* The gradient of tensor i: its shape, and its dtype, which is that of the files before. */
+static muonshard_status check_grad(replay *r, size_t i, const char *path,
+                                   const safetensors_tensor *grad, char *message) {
+    const safetensors_tensor *param = &r->params.tensors[i];
+    muonshard_tensor_desc *tensor = &r->tensors[i];
+    if (grad->dims != param->dims || memcmp(grad->shape, param->shape, sizeof grad->shape) != 0) {
+        char found[SAFETENSORS_SHAPE_TEXT], expected[SAFETENSORS_SHAPE_TEXT];
+        return message_fail(message, MUONSHARD_ERR_ARGUMENT,
+                            "%s: tensor \"%s\" is %s; expected %s as in %s", path, grad->name,
+                            safetensors_shape_text(grad, found),
+                            safetensors_shape_text(param, expected), r->params.path);
+    }
+    if (tensor->role == MUONSHARD_ROLE_FROZEN)
+        return MUONSHARD_OK;
+    int dtype = find_dtype(grad->dtype);
+    if (dtype < 0)
+        return message_fail(message, MUONSHARD_ERR_UNSUPPORTED,
+                            "%s: tensor \"%s\" is %s; gradients are F32, BF16 or F16", path,
+                            grad->name, grad->dtype->name);
+    if (tensor->grad_dtype != MUONSHARD_DTYPE_OF_PARAM && (int)tensor->grad_dtype != dtype)
+        return message_fail(message, MUONSHARD_ERR_ARGUMENT,
+                            "%s: tensor \"%s\" is %s; expected %s as in the files before", path,
+                            grad->name, grad->dtype->name, dtype_names[tensor->grad_dtype]);
+    tensor->grad_dtype = (muonshard_dtype)dtype;
+    return MUONSHARD_OK;
+}
+
 /* Whether a file may lack the gradient of tensor i. */
 static bool grad_optional(const replay *r, size_t i) {
     return r->tensors[i].role == MUONSHARD_ROLE_FROZEN ||
            r->tensors[i].null_grad != MUONSHARD_NULL_GRAD_ERROR;
 }
 
-static muonshard_status check_grads(const replay *r, const safetensors_file *grads, char *message) {
-    for (size_t i = 0; i < grads->tensor_count; i++) {
-        const safetensors_tensor *grad = &grads->tensors[i];
-        const safetensors_tensor *param = safetensors_find(&r->params, grad->name);
-        if (!param)
+static muonshard_status check_grads(replay *r, const safetensors_file *grads, char *message) {
+    muonshard_status status = MUONSHARD_OK;
+    for (size_t k = 0; k < grads->tensor_count && status == MUONSHARD_OK; k++) {
+        const size_t i = find_param(r, grads->tensors[k].name);
+        if (i == r->params.tensor_count)
             return message_fail(message, MUONSHARD_ERR_ARGUMENT, "%s: tensor \"%s\" is not in %s",
-                                grads->path, grad->name, r->params.path);
-        if (grad->dtype != param->dtype || grad->dims != param->dims ||
-            memcmp(grad->shape, param->shape, sizeof grad->shape) != 0) {
-            char found[SAFETENSORS_SHAPE_TEXT], expected[SAFETENSORS_SHAPE_TEXT];
-            return message_fail(message, MUONSHARD_ERR_ARGUMENT,
-                                "%s: tensor \"%s\" is %s %s; expected %s %s as in %s", grads->path,
-                                grad->name, grad->dtype->name, safetensors_shape_text(grad, found),
-                                param->dtype->name, safetensors_shape_text(param, expected),
-                                r->params.path);
-        }
+                                grads->path, grads->tensors[k].name, r->params.path);
+        status = check_grad(r, i, grads->path, &grads->tensors[k], message);
     }
-    for (size_t i = 0; i < r->params.tensor_count; i++)
+    for (size_t i = 0; i < r->params.tensor_count && status == MUONSHARD_OK; i++)
         if (!grad_optional(r, i) && !safetensors_find(grads, r->tensors[i].name))
             return message_fail(
                 message, MUONSHARD_ERR_ARGUMENT,
                 "%s: tensor \"%s\" of %s is missing (its null_grad in groups is error; "
                 "zero and skip allow it)",
                 grads->path, r->tensors[i].name, r->params.path);
-    return MUONSHARD_OK;
+    return status;
 }
 
-static muonshard_status open_grads(const replay *r, size_t step, safetensors_file *grads,
-                                   char *message) {
+static muonshard_status open_grads(replay *r, size_t step, safetensors_file *grads, char *message) {
     char *path = rank_name(r->names[step], r->cmd.rank);
     if (!path)
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
@@ -223,12 +262,16 @@ static muonshard_status route_tensor(replay *r, size_t i, char *message) {
     memcpy(tensor->shape, source->shape, sizeof tensor->shape);
     r->results[i] = *source;
     r->ids[i] = CARRIED;
+    r->dtypes[i] = source->dtype->name;
+    routing_default(tensor);
     muonshard_status status = routing_apply(&r->rules, tensor, &r->rules_chosen[i], message);
     if (status != MUONSHARD_OK)
         return status;
-    if (source->elements == 0)
+    const int dtype = find_dtype(source->dtype);
+    if (source->elements == 0) {
         tensor->role = MUONSHARD_ROLE_FROZEN;
-    else if (strcmp(source->dtype->name, "F32") == 0) {
+    } else if (dtype >= 0) {
+        tensor->dtype = (muonshard_dtype)dtype;
         tensor->param = malloc(source->bytes);
         if (!tensor->param)
             return message_fail(message, MUONSHARD_ERR_MEMORY,
@@ -236,12 +279,12 @@ static muonshard_status route_tensor(replay *r, size_t i, char *message) {
                                 source->name, source->bytes);
         memcpy(tensor->param, source->data, source->bytes);
         r->results[i].data = tensor->param;
-    } else if (tensor->role != MUONSHARD_ROLE_FROZEN)
-        return message_fail(
-            message, MUONSHARD_ERR_UNSUPPORTED,
-            "%s: tensor \"%s\" is %s; only F32 can be updated (role=frozen in groups "
-            "keeps it as it is)",
-            r->params.path, source->name, source->dtype->name);
+    } else if (tensor->role != MUONSHARD_ROLE_FROZEN) {
+        return message_fail(message, MUONSHARD_ERR_UNSUPPORTED,
+                            "%s: tensor \"%s\" is %s; only F32, BF16 and F16 can be updated "
+                            "(role=frozen in groups keeps it as it is)",
+                            r->params.path, source->name, source->dtype->name);
+    }
     return MUONSHARD_OK;
 }
 
@@ -250,7 +293,11 @@ static muonshard_status route_tensor(replay *r, size_t i, char *message) {
 static muonshard_status replay_load(replay *r, char *message) {
     muonshard_status status = read_arguments(r, message);
     if (status == MUONSHARD_OK)
+        status = step_values_set_total(r->cmd.config, (int64_t)r->steps, message);
+    if (status == MUONSHARD_OK)
         status = routing_parse(r->settings.groups, &r->rules, message);
+    if (status == MUONSHARD_OK)
+        status = step_values_open(&r->values, &r->rules, r->cmd.config, message);
     if (status == MUONSHARD_OK)
         status = safetensors_open(command_option_value(&replay_usage, &r->args, "--params"),
                                   &r->params, message);
@@ -259,10 +306,11 @@ static muonshard_status replay_load(replay *r, char *message) {
 
     size_t count = r->params.tensor_count;
     r->tensors = calloc(count + 1, sizeof *r->tensors);
+    r->dtypes = calloc(count + 1, sizeof *r->dtypes);
     r->rules_chosen = calloc(count + 1, sizeof *r->rules_chosen);
     r->ids = calloc(count + 1, sizeof *r->ids);
     r->results = calloc(count + 1, sizeof *r->results);
-    if (!r->tensors || !r->rules_chosen || !r->ids || !r->results)
+    if (!r->tensors || !r->dtypes || !r->rules_chosen || !r->ids || !r->results)
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
     for (size_t i = 0; i < count && status == MUONSHARD_OK; i++)
         status = route_tensor(r, i, message);
@@ -293,7 +341,8 @@ static muonshard_status replay_register(replay *r) {
     if (status != MUONSHARD_OK)
         return command_told(&r->cmd, status, "%s", muonshard_last_error(r->optimizer));
     if (r->cmd.rank == 0) {
-        routing_print(&r->rules, r->tensors, r->rules_chosen, r->params.tensor_count, stderr);
+        routing_print(&r->rules, r->tensors, r->dtypes, r->rules_chosen, r->params.tensor_count,
+                      stderr);
         routing_warn_unused(&r->rules, replay_usage.name, stderr);
     }
     return MUONSHARD_OK;
@@ -343,8 +392,10 @@ static muonshard_status replay_step(replay *r, size_t step) {
     }
     status = command_agree(&r->cmd, status, message);
     if (status == MUONSHARD_OK) {
+        muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
         muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
-        status = muonshard_step(r->optimizer, NULL);
+        step_values_at(&r->values, (int64_t)step - 1, &args);
+        status = muonshard_step(r->optimizer, &args);
         if (status == MUONSHARD_OK)
             status = muonshard_step_result(r->optimizer, 0, 1, &result);
         if (status == MUONSHARD_OK)
@@ -376,9 +427,11 @@ static void replay_free(replay *r) {
     for (size_t i = 0; r->tensors && i < r->params.tensor_count; i++)
         free(r->tensors[i].param);
     free(r->tensors);
+    free(r->dtypes);
     free(r->rules_chosen);
     free(r->ids);
     free(r->results);
+    step_values_close(&r->values);
     routing_free(&r->rules);
     safetensors_close(&r->params);
 }

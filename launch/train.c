@@ -9,6 +9,8 @@
 
 #include "corpus.h"
 #include "gpt.h"
+#include "routing.h"
+#include "step_values.h"
 
 enum { MAX_SKIPPED = 20 }; /* in a row, before the run is given up */
 
@@ -28,13 +30,17 @@ typedef struct trainer {
     gpt *model;                     /* own */
     muonshard_optimizer *optimizer; /* own */
     train_report *report;           /* own; rank 0 */
-    int ids[GPT_TENSOR_MAX];        /* of the model's tensors in the optimizer */
-    muonshard_role roles[GPT_TENSOR_MAX];
-    int sequences;          /* worked on at a time */
-    int micro_batches;      /* a step */
-    size_t window;          /* context + 1 bytes */
-    unsigned char *windows; /* [sequences, window], own */
-    muonshard_status local; /* of this rank, on its way to all */
+    routing rules;
+    step_values values;
+    /* of the model's tensors */
+    muonshard_tensor_desc tensors[GPT_TENSOR_MAX];
+    int rules_chosen[GPT_TENSOR_MAX];
+    int ids[GPT_TENSOR_MAX]; /* in the optimizer */
+    int sequences;           /* worked on at a time */
+    int micro_batches;       /* a step */
+    size_t window;           /* context + 1 bytes */
+    unsigned char *windows;  /* [sequences, window], own */
+    muonshard_status local;  /* of this rank, on its way to all */
     char message[COMMAND_MESSAGE];
 } trainer;
 
@@ -72,42 +78,71 @@ static muonshard_status make_model(trainer *t, const gpt_shape *shape) {
     return MUONSHARD_ERR_MEMORY;
 }
 
+static muonshard_status read_rules(trainer *t) {
+    muonshard_status status = step_values_set_total(t->cmd.config, t->settings.steps, t->message);
+    if (status == MUONSHARD_OK)
+        status = routing_parse(t->settings.groups, &t->rules, t->message);
+    if (status == MUONSHARD_OK)
+        status = step_values_open(&t->values, &t->rules, t->cmd.config, t->message);
+    return status;
+}
+
+/* Tensor i as it is without rules, then as the rules say. */
+static muonshard_status add_tensor(trainer *t, const gpt_tensor *from, size_t i) {
+    const bool adamw = t->settings.optimizer == TRAIN_OPTIMIZER_ADAMW;
+    muonshard_tensor_desc *desc = &t->tensors[i];
+    *desc = (muonshard_tensor_desc)MUONSHARD_TENSOR_DESC_INIT;
+    desc->name = from->name;
+    desc->role = adamw ? MUONSHARD_ROLE_ELEMENTWISE : from->role;
+    desc->dims = from->dims;
+    for (int d = 0; d < from->dims; d++)
+        desc->shape[d] = from->shape[d];
+    desc->row_splits = from->row_splits;
+    desc->row_split_count = from->row_split_count;
+    desc->priority_stride = -1; /* layer by layer, as the backward pass finishes them */
+    desc->param = from->param;
+    desc->grad = from->grad;
+    desc->decay_multiplier = strstr(from->name, "norm") ? 0.0 : 1.0; /* gains do not decay */
+    muonshard_status status = routing_apply(&t->rules, desc, &t->rules_chosen[i], t->message);
+    if (status != MUONSHARD_OK)
+        return status;
+    status = muonshard_add_tensor(t->optimizer, desc, &t->ids[i]);
+    if (status != MUONSHARD_OK)
+        snprintf(t->message, sizeof t->message, "%s", muonshard_last_error(t->optimizer));
+    return status;
+}
+
 static muonshard_status add_tensors(trainer *t) {
     size_t count;
     const gpt_tensor *tensors = gpt_tensors(t->model, &count);
-    bool adamw = t->settings.optimizer == TRAIN_OPTIMIZER_ADAMW;
-    for (size_t i = 0; i < count; i++) {
-        const gpt_tensor *from = &tensors[i];
-        muonshard_tensor_desc desc = MUONSHARD_TENSOR_DESC_INIT;
-        desc.name = from->name;
-        desc.role = t->roles[i] = adamw ? MUONSHARD_ROLE_ELEMENTWISE : from->role;
-        desc.dims = from->dims;
-        for (int d = 0; d < from->dims; d++)
-            desc.shape[d] = from->shape[d];
-        if (desc.role == MUONSHARD_ROLE_MATRIX) {
-            desc.row_splits = from->row_splits;
-            desc.row_split_count = from->row_split_count;
-        }
-        desc.priority_stride = -1; /* layer by layer, as the backward pass finishes them */
-        desc.param = from->param;
-        desc.grad = from->grad;
-        desc.decay_multiplier = strstr(from->name, "norm") ? 0.0 : 1.0; /* gains do not decay */
-        muonshard_status status = muonshard_add_tensor(t->optimizer, &desc, &t->ids[i]);
-        if (status != MUONSHARD_OK) {
-            snprintf(t->message, sizeof t->message, "%s", muonshard_last_error(t->optimizer));
-            return status;
-        }
-    }
-    return MUONSHARD_OK;
+    muonshard_status status = MUONSHARD_OK;
+    for (size_t i = 0; i < count && status == MUONSHARD_OK; i++)
+        status = add_tensor(t, &tensors[i], i);
+    return status;
+}
+
+static void print_rules(const trainer *t) {
+    const char *dtypes[GPT_TENSOR_MAX];
+    size_t count;
+    gpt_tensors(t->model, &count);
+    for (size_t i = 0; i < count; i++)
+        dtypes[i] = "fp32";
+    routing_print(&t->rules, t->tensors, dtypes, t->rules_chosen, count, stderr);
+    routing_warn_unused(&t->rules, train_usage.name, stderr);
 }
 
 static muonshard_status make_optimizer(trainer *t) {
-    muonshard_status status = muonshard_create(t->cmd.comm, t->cmd.config, NULL, &t->optimizer);
+    muonshard_status status = command_agree(&t->cmd, read_rules(t), t->message);
+    if (status != MUONSHARD_OK)
+        return status;
+    status = muonshard_create(t->cmd.comm, t->cmd.config, NULL, &t->optimizer);
     if (status != MUONSHARD_OK)
         return command_told(&t->cmd, status, "%s", muonshard_comm_last_error(t->cmd.comm));
     status = command_agree(&t->cmd, add_tensors(t), t->message);
     if (status != MUONSHARD_OK)
         return status;
+    if (t->cmd.rank == 0 && t->rules.rule_count > 0)
+        print_rules(t);
     status = muonshard_commit(t->optimizer, MUONSHARD_SYNC_CHECK);
     return command_told(&t->cmd, status, "%s", muonshard_last_error(t->optimizer));
 }
@@ -163,9 +198,9 @@ static void mark_ready(void *user, size_t tensor, int64_t first, int64_t count) 
     trainer *t = user;
     if (t->local != MUONSHARD_OK)
         return;
-    if (t->roles[tensor] == MUONSHARD_ROLE_ELEMENTWISE) {
-        if (first >
-            0) /* a stack as one tensor is complete with its first entry, which comes last */
+    const muonshard_tensor_desc *desc = &t->tensors[tensor];
+    if (desc->role != MUONSHARD_ROLE_MATRIX || desc->form != MUONSHARD_STACK) {
+        if (first > 0) /* complete with its first layer, which comes last */
             return;
         count = 1;
     }
@@ -216,6 +251,7 @@ static muonshard_status one_step(trainer *t, int64_t step, train_step_report *ou
     muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
     muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
     args.lr_factor = out->lr_factor;
+    step_values_at(&t->values, step - 1, &args);
     muonshard_status status = muonshard_step(t->optimizer, &args);
     if (status == MUONSHARD_OK)
         status = muonshard_step_result(t->optimizer, 0, 1, &result);
@@ -276,6 +312,8 @@ int command_train(int argc, char **argv) {
         status = train(&t);
     train_report_close(t.report);
     muonshard_destroy(t.optimizer);
+    step_values_close(&t.values);
+    routing_free(&t.rules);
     gpt_destroy(t.model);
     corpus_free(&t.text);
     free(t.windows);

@@ -22,6 +22,7 @@ typedef struct train_settings {
     int optimizer;
     const char *log;
     int progress;
+    const char *groups; /* rules, see routing.h */
 } train_settings;
 
 extern const muonshard_param train_table[];

@@ -3,6 +3,7 @@
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
+#include "routing.h"
 
 #define AT(field) offsetof(train_settings, field)
 
@@ -20,7 +21,8 @@ const muonshard_param train_table[] = {
      "Patterns (glob) of the text files, read in order of their names."},
     {"data.val_fraction", MUONSHARD_PARAM_REAL, AT(val_fraction), "0.05", 0, 0.9, NULL,
      "Part of the text, at its end, that is kept for validation."},
-    {"train.steps", MUONSHARD_PARAM_INT, AT(steps), "400", 1, 1e12, NULL, "Optimizer steps."},
+    {"train.steps", MUONSHARD_PARAM_INT, AT(steps), "400", 1, 1e12, NULL,
+     "Optimizer steps; total_steps is their number unless it is set."},
     {"train.batch", MUONSHARD_PARAM_INT, AT(batch), "32", 1, 1e9, NULL,
      "Sequences in a step, over all ranks; a multiple of their number."},
     {"train.micro_batch", MUONSHARD_PARAM_INT, AT(micro_batch), "0", 0, 1e9, NULL,
@@ -28,7 +30,9 @@ const muonshard_param train_table[] = {
     {"train.seed", MUONSHARD_PARAM_INT, AT(seed), "1", 0, 1e15, NULL,
      "Seed of the parameters and of the order of the text."},
     {"train.schedule", MUONSHARD_PARAM_CHOICE, AT(schedule), "cosine", 0, 0,
-     "cosine|linear|constant", "How the learning rates fall after the warm-up."},
+     "cosine|linear|constant",
+     "How the learning rates fall after the warm-up; a factor beside lr_schedule, where that is "
+     "set."},
     {"train.warmup", MUONSHARD_PARAM_INT, AT(warmup), "20", 0, 1e12, NULL,
      "Steps in which the learning rates rise linearly to their values."},
     {"train.final_lr", MUONSHARD_PARAM_REAL, AT(final_lr), "0.1", 0, 1, NULL,
@@ -44,6 +48,8 @@ const muonshard_param train_table[] = {
     {"train.progress", MUONSHARD_PARAM_CHOICE, AT(progress), "auto", 0, 0, "auto|on|off",
      "A line that is kept up to date (on); auto: where the output is no terminal, a line a "
      "validation."},
+    {"groups", MUONSHARD_PARAM_LIST, AT(groups), "", 0, 0, NULL,
+     ROUTING_DOC " Without a rule as train.optimizer says."},
 };
 const size_t train_table_count = sizeof train_table / sizeof *train_table;
 
