@@ -9,31 +9,54 @@
 /* ---- a backend that copies and sums ---- */
 
 static muonshard_status plain_copy(backend *self, const copy_item *items, size_t count,
-                                   const step_record *unless_skip, backend_stream stream) {
+                                   backend_stream stream) {
     (void)self;
-    (void)unless_skip;
     (void)stream;
     for (size_t i = 0; i < count; i++)
         memcpy(items[i].dst, items[i].src, items[i].bytes);
     return MUONSHARD_OK;
 }
 
-static muonshard_status plain_sum_ranks(backend *self, float *dst, const float *src, int ranks,
-                                        size_t count, backend_stream stream) {
+/* Element i of an array of fp32 or bf16, which is the upper half of an fp32. */
+static float plain_element(const void *x, muonshard_dtype dtype, size_t i) {
+    if (dtype == MUONSHARD_FP32)
+        return ((const float *)x)[i];
+    const uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static muonshard_status plain_sum_ranks(backend *self, float *dst, const void *src,
+                                        muonshard_dtype dtype, int ranks, size_t count,
+                                        backend_stream stream) {
     (void)self;
     (void)stream;
     for (size_t i = 0; i < count; i++) {
-        float sum = src[i];
+        float sum = plain_element(src, dtype, i);
         for (int r = 1; r < ranks; r++)
-            sum += src[(size_t)r * count + i];
+            sum += plain_element(src, dtype, (size_t)r * count + i);
         dst[i] = sum;
     }
     return MUONSHARD_OK;
 }
 
+/* To fp32. */
+static muonshard_status plain_convert(backend *self, const kernel_context *context,
+                                      const convert_item *items, size_t count,
+                                      backend_stream stream) {
+    (void)context;
+    for (size_t i = 0; i < count; i++)
+        plain_sum_ranks(self, items[i].dst, items[i].src, items[i].src_dtype, 1, items[i].count,
+                        stream);
+    return MUONSHARD_OK;
+}
+
 backend *contract_backend(void) {
-    static const backend_ops ops = {
-        .name = "plain", .copy = plain_copy, .sum_ranks = plain_sum_ranks};
+    static const backend_ops ops = {.name = "plain",
+                                    .copy = plain_copy,
+                                    .convert = plain_convert,
+                                    .sum_ranks = plain_sum_ranks};
     static backend plain = {.ops = &ops};
     return &plain;
 }
@@ -315,6 +338,37 @@ static void special_values(contract_run *run) {
     free(scratch);
 }
 
+/* Gradients of 16 bits are sent as they are and added in fp32, in rank order. */
+static void sixteen_bits(contract_run *run) {
+    muonshard_comm *comm = run->comm;
+    enum { COUNT = 1001 };
+    const size_t slots = (size_t)comm->size * COUNT;
+    uint16_t *send = calloc(slots, sizeof *send), *scratch = calloc(slots, sizeof *scratch);
+    float *sum = calloc(COUNT, sizeof *sum);
+    if (!send || !scratch || !sum)
+        abort();
+    for (size_t i = 0; i < slots;
+         i++) /* bf16 of 1 + (rank + i mod 128) / 128, times 2^-(i mod 9) */
+        send[i] = (uint16_t)((127 - i % 9) << 7 | ((size_t)comm->rank + i) % 128);
+    comm_part part = {.send = send,
+                      .recv = sum,
+                      .scratch = scratch,
+                      .bytes = COUNT * sizeof *send,
+                      .dtype = MUONSHARD_BF16};
+    comm_request request = request_of(COMM_REDUCE_SCATTER, &part, 1, 0);
+    CHECK_OK(run, comm_run(comm, &request));
+    for (size_t k = 0; k < COUNT; k++) {
+        const size_t i = (size_t)comm->rank * COUNT + k;
+        float want = 0.0f;
+        for (int r = 0; r < comm->size; r++)
+            want += ldexpf(1.0f + (float)(((size_t)r + i) % 128) / 128.0f, -(int)(i % 9));
+        CHECK(run, sum[k] == want, "element %zu: %g, expected %g", k, (double)sum[k], (double)want);
+    }
+    free(send);
+    free(scratch);
+    free(sum);
+}
+
 /* ---- cases: tickets ---- */
 
 /* Twelve requests of mixed kinds open at once; waited for in the order started, then in reverse. */
@@ -537,6 +591,7 @@ const contract_case contract_cases[CONTRACT_CASES] = {
     {"odd_sizes", odd_sizes},
     {"zero_bytes", zero_bytes},
     {"special_values", special_values},
+    {"sixteen_bits", sixteen_bits},
     {"open_tickets", open_tickets},
     {"long_sequence", long_sequence},
     {"test_never_waits", test_never_waits},

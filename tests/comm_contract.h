@@ -19,7 +19,7 @@ typedef struct contract_case {
     void (*run)(contract_run *run);
 } contract_case;
 
-enum { CONTRACT_CASES = 16 };
+enum { CONTRACT_CASES = 17 };
 extern const contract_case contract_cases[CONTRACT_CASES];
 
 /* Memory and sums in plain C, so that the suite needs no backend under test. */

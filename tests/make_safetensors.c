@@ -1,11 +1,16 @@
 /* Makes and compares small safetensors files for test_cli.sh.
  *
- *   make_safetensors make FILE SEED [NAME=ROWSxCOLS...]   F32, values in [-1, 1) from the seed and
- * the name; ROWSxCOLSxnan: the first value is NaN make_safetensors raw FILE HEADER DATA_BYTES
- * [LENGTH]  a file as given, sound or not; LENGTH: what the file says of the header's length
- *   make_safetensors mean FILE ONE OTHER                 the mean of two files' F32 tensors
- *   make_safetensors differ ONE OTHER                     prints the largest difference of two
- * files with the same tensors in the same order */
+ *   make FILE SEED [NAME=ROWSxCOLS[xnan][:DTYPE]...]
+ *       values in [-1, 1) from the seed and the name; xnan: the first is NaN; DTYPE: F32, BF16, F16
+ *       or I32, F32 where none is given
+ *   raw FILE HEADER DATA_BYTES [LENGTH]
+ *       a file as given, sound or not; LENGTH: what the file says of the header's length
+ *   cast FILE ONE DTYPE
+ *       the same tensors, rounded to nearest even
+ *   mean FILE ONE OTHER
+ *       the mean of two files' tensors, in F32
+ *   differ ONE OTHER [NAME]
+ *       prints the largest difference of two files with the same tensors in the same order */
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -28,33 +33,81 @@ static uint64_t next_random(uint64_t *random) {
     return *random >> 40;
 }
 
-/* "NAME=2x3" cut in place. */
+/* ---- numbers: bits to value and back, by arithmetic alone ---- */
+
+static double decode(const safetensors_tensor *tensor, size_t i) {
+    if (tensor->dtype->bits == 32) {
+        float value;
+        memcpy(&value, (const char *)tensor->data + 4 * i, 4);
+        return value;
+    }
+    uint16_t bits;
+    memcpy(&bits, (const char *)tensor->data + 2 * i, 2);
+    const int digits = tensor->dtype->name[0] == 'B' ? 7 : 10, top = (1 << (15 - digits)) - 1;
+    const int exponent = bits >> digits & top, fraction = bits & ((1 << digits) - 1);
+    const double sign = bits & 0x8000 ? -1 : 1;
+    if (exponent == top)
+        return fraction ? NAN : sign * INFINITY;
+    return sign * ldexp(fraction + (exponent ? 1 << digits : 0),
+                        (exponent ? exponent : 1) - top / 2 - digits);
+}
+
+static void encode(const safetensors_tensor *tensor, size_t i, double value) {
+    char *data = (char *)tensor->data; /* own */
+    if (tensor->dtype->bits == 32) {
+        const float rounded = (float)value;
+        memcpy(data + 4 * i, &rounded, 4);
+        return;
+    }
+    const int digits = tensor->dtype->name[0] == 'B' ? 7 : 10, top = (1 << (15 - digits)) - 1;
+    int exponent = value == 0 || !isfinite(value) ? 0 : ilogb(value) + top / 2;
+    exponent = exponent < 1 ? 1 : exponent;
+    /* In units of the last digit; one too many carries into the exponent. */
+    const double units = nearbyint(ldexp(fabs(value), digits + top / 2 - exponent));
+    int bits = isnan(value) ? top << digits | 1 : top << digits;
+    if (isfinite(value) && units + ldexp(exponent - 1, digits) < ldexp(top, digits))
+        bits = (int)units + ((exponent - 1) << digits);
+    const uint16_t stored = (uint16_t)(bits | (signbit(value) ? 0x8000 : 0));
+    memcpy(data + 2 * i, &stored, 2);
+}
+
+/* Memory for `tensor` of a dtype of its own. */
+static bool allocate(safetensors_tensor *tensor, const char *dtype) {
+    tensor->dtype = safetensors_dtype_find(dtype);
+    if (!tensor->dtype || (tensor->dtype->bits != 32 && tensor->dtype->bits != 16))
+        return false;
+    tensor->bytes = tensor->elements * tensor->dtype->bits / 8;
+    tensor->data = calloc(tensor->bytes + 1, 1);
+    return tensor->data != NULL;
+}
+
+/* "NAME=2x3:BF16" cut in place. */
 static bool read_tensor(char *text, uint64_t seed, safetensors_tensor *tensor) {
-    char *at = strchr(text, '=');
+    char *at = strchr(text, '='), *dtype = strchr(text, ':');
     if (!at)
         return false;
     *at++ = '\0';
-    *tensor = (safetensors_tensor){.name = text, .dtype = safetensors_dtype_find("F32")};
-    tensor->elements = 1;
+    if (dtype)
+        *dtype++ = '\0';
+    *tensor = (safetensors_tensor){.name = text, .elements = 1};
     while (*at && strcmp(at, "nan") != 0) {
         int64_t length = strtoll(at, &at, 10);
         tensor->shape[tensor->dims++] = length;
         tensor->elements *= (size_t)length;
         at += *at == 'x';
     }
-    tensor->bytes = tensor->elements * sizeof(float);
-    float *data = malloc(tensor->bytes + 1);
-    if (!data)
+    if (!allocate(tensor, dtype ? dtype : "F32"))
         return false;
     for (const char *c = text; *c; c++)
         seed = seed * 131 + (unsigned char)*c;
     for (size_t i = 0; i < tensor->elements; i++)
-        data[i] = (float)next_random(&seed) / 8388608.0f - 1.0f;
+        encode(tensor, i, (double)next_random(&seed) / 8388608.0 - 1.0);
     if (*at)
-        data[0] = NAN;
-    tensor->data = data;
+        encode(tensor, 0, NAN);
     return true;
 }
+
+/* ---- commands ---- */
 
 static int make(int count, char **arguments) {
     safetensors_tensor tensors[TENSORS_MAX] = {0};
@@ -65,7 +118,7 @@ static int make(int count, char **arguments) {
                                 &tensors[tensor_count])))
             tensor_count++;
     if (!good)
-        snprintf(message, sizeof message, "not NAME=ROWSxCOLS, or out of memory");
+        snprintf(message, sizeof message, "not NAME=ROWSxCOLS:DTYPE, or out of memory");
     else
         good = safetensors_write(arguments[0], tensors, tensor_count, NULL, 0, message) ==
                MUONSHARD_OK;
@@ -101,16 +154,15 @@ static int differ(int count, char **arguments) {
     int compared = 0;
     for (size_t i = 0; i < one.tensor_count && same; i++) {
         const safetensors_tensor *a = &one.tensors[i], *b = &other.tensors[i];
-        const float *x = a->data, *y = b->data;
-        same = strcmp(a->name, b->name) == 0 && a->dims == b->dims &&
+        same = strcmp(a->name, b->name) == 0 && a->dtype == b->dtype && a->dims == b->dims &&
                memcmp(a->shape, b->shape, sizeof a->shape) == 0;
         if (count > 2 && strcmp(a->name, arguments[2]) != 0)
             continue;
         compared++;
-        for (size_t k = 0; k < a->elements && same; k++)
-            largest =
-                fmax(largest, isfinite(x[k]) && isfinite(y[k]) ? fabs((double)x[k] - (double)y[k])
-                                                               : INFINITY);
+        for (size_t k = 0; k < a->elements && same; k++) {
+            const double x = decode(a, k), y = decode(b, k);
+            largest = fmax(largest, isfinite(x) && isfinite(y) ? fabs(x - y) : INFINITY);
+        }
     }
     safetensors_close(&one);
     safetensors_close(&other);
@@ -120,24 +172,23 @@ static int differ(int count, char **arguments) {
     return 0;
 }
 
-static int mean(char **arguments) {
+/* The mean of a file with itself is a cast. */
+static int mean(const char *file, const char *first, const char *second, const char *dtype) {
     safetensors_file one = {0}, other = {0};
     safetensors_tensor tensors[TENSORS_MAX] = {0};
     size_t count = 0;
-    bool good = safetensors_open(arguments[1], &one, message) == MUONSHARD_OK &&
-                safetensors_open(arguments[2], &other, message) == MUONSHARD_OK;
-    for (size_t i = 0; good && i < one.tensor_count && i < TENSORS_MAX; i++) {
-        const float *x = one.tensors[i].data, *y = other.tensors[i].data;
-        float *data = malloc(one.tensors[i].bytes + 1);
-        good = data && i < other.tensor_count && one.tensors[i].bytes == other.tensors[i].bytes;
-        for (size_t k = 0; k < one.tensors[i].elements && good; k++)
-            data[k] = (x[k] + y[k]) / 2;
-        tensors[i] = one.tensors[i];
-        tensors[i].data = data;
+    bool good = safetensors_open(first, &one, message) == MUONSHARD_OK &&
+                safetensors_open(second, &other, message) == MUONSHARD_OK &&
+                one.tensor_count == other.tensor_count && one.tensor_count <= TENSORS_MAX;
+    for (size_t i = 0; good && i < one.tensor_count; i++) {
+        const safetensors_tensor *a = &one.tensors[i], *b = &other.tensors[i];
+        tensors[i] = *a;
         count++;
+        good = allocate(&tensors[i], dtype) && a->elements == b->elements;
+        for (size_t k = 0; k < a->elements && good; k++)
+            encode(&tensors[i], k, (decode(a, k) + decode(b, k)) / 2);
     }
-    good =
-        good && safetensors_write(arguments[0], tensors, count, NULL, 0, message) == MUONSHARD_OK;
+    good = good && safetensors_write(file, tensors, count, NULL, 0, message) == MUONSHARD_OK;
     for (size_t i = 0; i < count; i++)
         free((void *)tensors[i].data);
     safetensors_close(&one);
@@ -153,6 +204,8 @@ int main(int argc, char **argv) {
     if (argc >= 4 && strcmp(argv[1], "differ") == 0)
         return differ(argc - 2, argv + 2);
     if (argc == 5 && strcmp(argv[1], "mean") == 0)
-        return mean(argv + 2);
-    return failed("make | raw | mean | differ");
+        return mean(argv[2], argv[3], argv[4], "F32");
+    if (argc == 5 && strcmp(argv[1], "cast") == 0)
+        return mean(argv[2], argv[3], argv[3], argv[4]);
+    return failed("make | raw | cast | mean | differ");
 }

@@ -113,19 +113,102 @@ void oracle_svd_free(oracle_svd *svd) {
     memset(svd, 0, sizeof *svd);
 }
 
-oracle_polynomial oracle_coefficients(oracle_set set, int steps, double safety, bool fp32) {
-    static const double simple[3] = {3.4445, -4.7750, 2.0315};
-    static const double quintic[5][3] = {{4.0848, -6.8946, 2.9270},
-                                         {3.9505, -6.3029, 2.6377},
-                                         {3.7418, -5.5913, 2.3037},
-                                         {2.8769, -3.1427, 1.2046},
-                                         {2.8366, -3.0525, 1.2012}};
+/* Row i of a published set; `cycle`: what steps beyond the last take. */
+typedef struct published {
+    int count;
+    bool cycle;
+    double rows[10][3];
+} published;
+
+#define SIMPLE                                                                                     \
+    { 3.4445, -4.7750, 2.0315 }
+static const published sets[ORACLE_SET_COUNT] = {
+    [ORACLE_SIMPLE] = {1, true, {SIMPLE}},
+    [ORACLE_QUINTIC] = {5,
+                        true,
+                        {{4.0848, -6.8946, 2.9270},
+                         {3.9505, -6.3029, 2.6377},
+                         {3.7418, -5.5913, 2.3037},
+                         {2.8769, -3.1427, 1.2046},
+                         {2.8366, -3.0525, 1.2012}}},
+    [ORACLE_POLAR_EXPRESS] = {8,
+                              false,
+                              {{8.28721201814563, -23.595886519098837, 17.300387312530933},
+                               {4.107059111542203, -2.9478499167379106, 0.5448431082926601},
+                               {3.9486908534822946, -2.908902115962949, 0.5518191394370137},
+                               {3.3184196573706015, -2.488488024314874, 0.51004894012372},
+                               {2.300652019954817, -1.6689039845747493, 0.4188073119525673},
+                               {1.891301407787398, -1.2679958271945868, 0.37680408948524835},
+                               {1.8750014808534479, -1.2500016453999487, 0.3750001645474248},
+                               {1.875, -1.25, 0.375}}},
+    [ORACLE_POLAR_EXPRESS_NVIDIA] = {8,
+                                     false,
+                                     {{8.2051, -22.9019, 16.4607},
+                                      {4.0664, -2.8612, 0.5184},
+                                      {3.9096, -2.8234, 0.5250},
+                                      {3.2856, -2.4153, 0.4853},
+                                      {2.2779, -1.6198, 0.3985},
+                                      {1.8726, -1.2307, 0.3585},
+                                      {1.8564, -1.2132, 0.3568},
+                                      {1.8750, -1.2500, 0.3750}}},
+    [ORACLE_POLAR_EXPRESS_SPEEDRUN] =
+        {5,
+         false,
+         {{8.156554524902461, -22.48329292557795, 15.878769915207462},
+          {4.042929935166739, -2.808917465908714, 0.5000178451051316},
+          {3.8916678022926607, -2.772484153217685, 0.5060648178503393},
+          {3.285753657755655, -2.3681294933425376, 0.46449024233003106},
+          {2.3465413258596377, -1.7097828382687081, 0.42323551169305323}}},
+    [ORACLE_CANS] = {5,
+                     false,
+                     {{8.4703, -25.1081, 18.6293},
+                      {4.1828, -3.1087, 0.5806},
+                      {3.9619, -2.9541, 0.5630},
+                      {3.2866, -2.4647, 0.5074},
+                      {2.2737, -1.6447, 0.4162}}},
+    [ORACLE_TURBO] = {4,
+                      false,
+                      {{3.9505, -6.3029, 2.6377},
+                       {3.7418, -5.5913, 2.3037},
+                       {2.8769, -3.1427, 1.2046},
+                       {2.8366, -3.0525, 1.2012}}},
+    [ORACLE_AOL4] = {4,
+                     false,
+                     {{4.6051, -9.6552, 5.6769},
+                      {4.7505, -6.0861, 2.1790},
+                      {2.7763, -2.3190, 0.5523},
+                      {2.4231, -2.2861, 0.8193}}},
+    [ORACLE_DEEPSEEKV4] = {10,
+                           false,
+                           {SIMPLE,
+                            SIMPLE,
+                            SIMPLE,
+                            SIMPLE,
+                            SIMPLE,
+                            SIMPLE,
+                            SIMPLE,
+                            SIMPLE,
+                            {2.0, -1.5, 0.5},
+                            {2.0, -1.5, 0.5}}},
+    [ORACLE_CUBIC5] = {5,
+                       false,
+                       {{3.3656576, -3.3420992, 0.0},
+                        {2.5744352, -1.4957376, 0.0},
+                        {2.5368962, -1.4312570, 0.0},
+                        {2.4418906, -1.2764040, 0.0},
+                        {2.2230472, -0.9630650, 0.0}}},
+};
+
+static oracle_polynomial divided(oracle_set set, int steps, double a, double b, double c,
+                                 bool fp32) {
     oracle_polynomial p = {.steps = steps};
+    const published *from = &sets[set];
     for (int i = 0; i < steps; i++) {
-        const double *row = set == ORACLE_SIMPLE ? simple : quintic[i % 5];
-        p.a[i] = row[0] / safety;
-        p.b[i] = row[1] / safety;
-        p.c[i] = row[2] / safety;
+        const int last = from->cycle ? i % from->count : from->count - 1;
+        const double *row = from->rows[i < from->count ? i : last];
+        p.a[i] = row[0] / a;
+        p.b[i] = row[1] / b;
+        p.c[i] = row[2] / c;
         if (fp32) {
             p.a[i] = (double)(float)p.a[i];
             p.b[i] = (double)(float)p.b[i];
@@ -133,6 +216,14 @@ oracle_polynomial oracle_coefficients(oracle_set set, int steps, double safety, 
         }
     }
     return p;
+}
+
+oracle_polynomial oracle_coefficients(oracle_set set, int steps, double safety, bool fp32) {
+    return divided(set, steps, safety, safety, safety, fp32);
+}
+
+oracle_polynomial oracle_coefficients_powers(oracle_set set, int steps, double s, bool fp32) {
+    return divided(set, steps, s, pow(s, 3.0), pow(s, 5.0), fp32);
 }
 
 /* p(sigma) / sigma, which is finite at zero. */
@@ -197,7 +288,64 @@ void oracle_polynomial_recursion(const oracle_polynomial *p, const double *x, in
 
 double oracle_norm_factor(oracle_norm norm, double eps, const double *x, size_t count) {
     double frobenius = sqrt(dot(x, x, (int64_t)count));
-    return 1.0 / (norm == ORACLE_FROBENIUS_ADD ? frobenius + eps : fmax(frobenius, eps));
+    switch (norm) {
+    case ORACLE_FROBENIUS_ADD: return 1.0 / (frobenius + eps);
+    case ORACLE_FROBENIUS_SAFETY: return 1.0 / (1.02 * frobenius + eps);
+    default: return 1.0 / fmax(frobenius, eps);
+    }
+}
+
+/* Line i of the oriented matrix: its rows, which are the columns of a tall one. */
+static void multiply_line(double *x, int64_t r, int64_t c, int64_t i, double factor) {
+    bool tall = r > c;
+    for (int64_t j = 0; j < (tall ? r : c); j++)
+        x[tall ? j * c + i : i * c + j] *= factor;
+}
+
+static double line_product(const double *x, int64_t r, int64_t c, int64_t i, int64_t k) {
+    bool tall = r > c;
+    double sum = 0.0;
+    for (int64_t j = 0; j < (tall ? r : c); j++)
+        sum += x[tall ? j * c + i : i * c + j] * x[tall ? j * c + k : k * c + j];
+    return sum;
+}
+
+static double largest_singular_value(const double *x, int64_t r, int64_t c) {
+    bool tall = r > c;
+    int64_t m = tall ? c : r, n = tall ? r : c;
+    double *wide = numbers(m * n);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++)
+            wide[i * n + j] = x[tall ? j * c + i : i * c + j];
+    oracle_svd svd = oracle_svd_of(wide, m, n);
+    double sigma = svd.sigma[0];
+    oracle_svd_free(&svd);
+    free(wide);
+    return sigma;
+}
+
+void oracle_normalize(oracle_norm norm, double eps, double *x, int64_t r, int64_t c) {
+    int64_t m = r < c ? r : c;
+    double *factor = numbers(m), fourth = 0.0;
+    for (int64_t i = 0; i < m; i++) {
+        double absolute = 0.0;
+        for (int64_t k = 0; k < m; k++) {
+            double a = line_product(x, r, c, i, k);
+            absolute += fabs(a);
+            fourth += a * a;
+        }
+        factor[i] = 1.0 / sqrt(fmax(absolute, eps));
+    }
+    double all = 0.0;
+    if (norm == ORACLE_SCHATTEN4)
+        all = 1.0 / sqrt(fmax(sqrt(fourth), eps));
+    else if (norm == ORACLE_SPECTRAL)
+        all = 1.0 / (largest_singular_value(x, r, c) + eps);
+    else if (norm != ORACLE_AOL)
+        all = oracle_norm_factor(norm, eps, x, (size_t)(r * c));
+    for (int64_t i = 0; i < m; i++)
+        multiply_line(x, r, c, i, norm == ORACLE_AOL ? factor[i] : all);
+    free(factor);
 }
 
 /* Rows of q [m, n], m <= n: orthonormal, Gram-Schmidt done twice. */
@@ -234,8 +382,9 @@ void oracle_matrix_with(double *x, int64_t r, int64_t c, const double *sigma, or
 }
 
 const char *oracle_spectrum_name(oracle_spectrum spectrum) {
-    static const char *const names[ORACLE_SPECTRUM_COUNT] = {
-        "gaussian", "decay 1e-6", "rank m/4", "rank 1", "spike", "constant", "zero"};
+    static const char *const names[ORACLE_SPECTRUM_COUNT] = {"gaussian", "decay 1e-6", "rank m/4",
+                                                             "rank 1",   "spike",      "constant",
+                                                             "zero",     "x 1e30",     "x 1e-30"};
     return names[spectrum];
 }
 
@@ -260,8 +409,12 @@ void oracle_matrix(float *x, int64_t r, int64_t c, oracle_spectrum spectrum, ora
     double *y = numbers(r * c), *sigma = numbers(k);
     switch (spectrum) {
     case ORACLE_GAUSSIAN:
+    case ORACLE_HUGE:
+    case ORACLE_TINY:
         for (int64_t i = 0; i < r * c; i++)
-            y[i] = oracle_normal(rng);
+            y[i] = oracle_normal(rng) * (spectrum == ORACLE_HUGE   ? 1e30
+                                         : spectrum == ORACLE_TINY ? 1e-30
+                                                                   : 1.0);
         break;
     case ORACLE_DECAY:
         for (int64_t i = 0; i < k; i++)

@@ -36,7 +36,19 @@ typedef struct oracle_svd {
 oracle_svd oracle_svd_of(const double *x, int64_t m, int64_t n);
 void oracle_svd_free(oracle_svd *svd);
 
-typedef enum oracle_set { ORACLE_SIMPLE, ORACLE_QUINTIC } oracle_set;
+typedef enum oracle_set {
+    ORACLE_SIMPLE,
+    ORACLE_QUINTIC,
+    ORACLE_POLAR_EXPRESS,
+    ORACLE_POLAR_EXPRESS_NVIDIA,
+    ORACLE_POLAR_EXPRESS_SPEEDRUN,
+    ORACLE_CANS,
+    ORACLE_TURBO,
+    ORACLE_AOL4,
+    ORACLE_DEEPSEEKV4,
+    ORACLE_CUBIC5,
+    ORACLE_SET_COUNT
+} oracle_set;
 
 #define ORACLE_MAX_STEPS 32
 typedef struct oracle_polynomial {
@@ -46,6 +58,8 @@ typedef struct oracle_polynomial {
 
 /* Coefficients over `safety`; rounded to fp32, as an fp32 backend gets them, if asked. */
 oracle_polynomial oracle_coefficients(oracle_set set, int steps, double safety, bool fp32);
+/* The polynomial of x/s at every step: (a/s, b/s^3, c/s^5), in fp32 if asked. */
+oracle_polynomial oracle_coefficients_powers(oracle_set set, int steps, double s, bool fp32);
 /* sigma_out of sigma_in. */
 double oracle_polynomial_at(const oracle_polynomial *p, double sigma);
 
@@ -57,9 +71,20 @@ void oracle_polynomial_svd(const oracle_polynomial *p, const oracle_svd *svd, do
 void oracle_polynomial_recursion(const oracle_polynomial *p, const double *x, int64_t r, int64_t c,
                                  double *out);
 
-typedef enum oracle_norm { ORACLE_FROBENIUS_ADD, ORACLE_FROBENIUS_MAX } oracle_norm;
-/* What x is multiplied by before Newton-Schulz: 1 / (F + eps) or 1 / max(F, eps). */
+typedef enum oracle_norm {
+    ORACLE_FROBENIUS_ADD,
+    ORACLE_FROBENIUS_MAX,
+    ORACLE_FROBENIUS_SAFETY,
+    ORACLE_AOL,
+    ORACLE_SCHATTEN4,
+    ORACLE_SPECTRAL,
+    ORACLE_NORM_COUNT
+} oracle_norm;
+/* What x is multiplied by before Newton-Schulz, for the Frobenius norms: 1 / (F + eps), 1 / max(F,
+ * eps), 1 / (1.02 F + eps). */
 double oracle_norm_factor(oracle_norm norm, double eps, const double *x, size_t count);
+/* x [r, c], normalised in place, oriented so that rows <= columns; by any of them. */
+void oracle_normalize(oracle_norm norm, double eps, double *x, int64_t r, int64_t c);
 
 /* x [r, c] with the given singular values ([min(r, c)]) and random singular vectors. */
 void oracle_matrix_with(double *x, int64_t r, int64_t c, const double *sigma, oracle_rng *rng);
@@ -72,6 +97,8 @@ typedef enum oracle_spectrum {
     ORACLE_SPIKE,    /* 1, and 1e-2 for the rest */
     ORACLE_CONSTANT, /* every entry 0.37 */
     ORACLE_ZERO,
+    ORACLE_HUGE, /* Gaussian, times 1e30 */
+    ORACLE_TINY, /* times 1e-30 */
     ORACLE_SPECTRUM_COUNT
 } oracle_spectrum;
 

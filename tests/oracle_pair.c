@@ -18,6 +18,31 @@ static void assert_ok(muonshard_status status, const char *what, const char *mes
         fail_msg("%s: %s: %s", what, muonshard_status_string(status), message);
 }
 
+/* The upper half of an fp32 is a bf16. */
+static uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static void narrow(uint16_t *to, const float *from, size_t count) {
+    for (size_t i = 0; to != NULL && i < count; i++) {
+        assert_int_equal(bits_of(from[i]) & 0xffff, 0);
+        to[i] = (uint16_t)(bits_of(from[i]) >> 16);
+    }
+}
+
+static void widen(float *to, const uint16_t *from, size_t count) {
+    for (size_t i = 0; from != NULL && i < count; i++) {
+        const uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(&to[i], &bits, sizeof bits);
+    }
+}
+
+static float rounded(double x, muonshard_dtype dtype) {
+    return (float)oracle_round(dtype == MUONSHARD_BF16 ? ORACLE_BF16 : ORACLE_FP32, x);
+}
+
 static void add_to_oracle(oracle *o, const pair_tensor *t, double lr_multiplier,
                           double decay_multiplier, const float *w0) {
     oracle_tensor tensor = {
@@ -63,9 +88,16 @@ static void add(pair *p, size_t k) {
     p->grads[k] = allocated(elements, sizeof(float));
     p->grads_before[k] = allocated(elements, sizeof(float));
     for (size_t i = 0; i < elements; i++)
-        p->start[k][i] = p->params[k][i] = (float)(0.02 * oracle_normal(&p->rng));
-    desc.param = p->params[k];
-    desc.grad = p->grads[k];
+        p->start[k][i] = p->params[k][i] = rounded(0.02 * oracle_normal(&p->rng), t->dtype);
+    if (t->dtype == MUONSHARD_BF16)
+        p->narrow_params[k] = allocated(elements, sizeof(uint16_t));
+    if (t->grad_dtype == MUONSHARD_BF16)
+        p->narrow_grads[k] = allocated(elements, sizeof(uint16_t));
+    narrow(p->narrow_params[k], p->params[k], elements);
+    desc.dtype = t->dtype;
+    desc.grad_dtype = t->grad_dtype;
+    desc.param = p->narrow_params[k] ? (void *)p->narrow_params[k] : p->params[k];
+    desc.grad = p->narrow_grads[k] ? (void *)p->narrow_grads[k] : p->grads[k];
     int id = -1;
     assert_ok(muonshard_add_tensor(p->optimizer, &desc, &id), t->name,
               muonshard_last_error(p->optimizer));
@@ -85,6 +117,8 @@ void pair_open(pair *p, const char *yaml, const oracle_preset *preset, const pai
     p->params = allocated(count, sizeof *p->params);
     p->grads = allocated(count, sizeof *p->grads);
     p->grads_before = allocated(count, sizeof *p->grads_before);
+    p->narrow_params = allocated(count, sizeof *p->narrow_params);
+    p->narrow_grads = allocated(count, sizeof *p->narrow_grads);
     p->absent = allocated(count, sizeof *p->absent);
     p->exact = oracle_open(preset, false);
     p->rounded = oracle_open(preset, true);
@@ -113,20 +147,25 @@ void pair_close(pair *p) {
         free(p->params[k]);
         free(p->grads[k]);
         free(p->grads_before[k]);
+        free(p->narrow_params[k]);
+        free(p->narrow_grads[k]);
     }
     free(p->elements);
     free(p->start);
     free(p->params);
     free(p->grads);
     free(p->grads_before);
+    free(p->narrow_params);
+    free(p->narrow_grads);
     free(p->absent);
     memset(p, 0, sizeof *p);
 }
 
 void pair_set_absent(pair *p, size_t tensor, bool absent) {
     p->absent[tensor] = absent;
-    assert_ok(muonshard_set_grad(p->optimizer, (int)tensor, absent ? NULL : p->grads[tensor]),
-              "set_grad", muonshard_last_error(p->optimizer));
+    const void *grad = p->narrow_grads[tensor] ? (void *)p->narrow_grads[tensor] : p->grads[tensor];
+    assert_ok(muonshard_set_grad(p->optimizer, (int)tensor, absent ? NULL : grad), "set_grad",
+              muonshard_last_error(p->optimizer));
 }
 
 void pair_new_gradients(pair *p) {
@@ -136,22 +175,27 @@ void pair_new_gradients(pair *p) {
             double entry = size;
             if (p->tensors[k].grad_size == 0.0)
                 entry = pow(10.0, -12.0 * oracle_uniform(&p->rng));
-            p->grads[k][i] = (float)(entry * oracle_normal(&p->rng));
+            p->grads[k][i] = rounded(entry * oracle_normal(&p->rng), p->tensors[k].grad_dtype);
         }
     }
 }
 
 void pair_step_library(pair *p, const muonshard_step_args *args) {
-    for (size_t k = 0; k < p->count; k++)
+    for (size_t k = 0; k < p->count; k++) {
         memcpy(p->grads_before[k], p->grads[k], p->elements[k] * sizeof(float));
+        narrow(p->narrow_grads[k], p->grads[k], p->elements[k]);
+    }
     assert_ok(muonshard_step(p->optimizer, args), "step", muonshard_last_error(p->optimizer));
     p->result = (muonshard_step_result_info)MUONSHARD_STEP_RESULT_INIT;
     assert_ok(muonshard_step_result(p->optimizer, 0, 1, &p->result), "step_result",
               muonshard_last_error(p->optimizer));
-    for (size_t k = 0; k < p->count; k++)
+    for (size_t k = 0; k < p->count; k++) {
+        widen(p->params[k], p->narrow_params[k], p->elements[k]);
+        widen(p->grads[k], p->narrow_grads[k], p->elements[k]);
         if (memcmp(p->grads_before[k], p->grads[k], p->elements[k] * sizeof(float)) != 0)
             fail_msg("step %lld wrote to the gradient of %s", (long long)p->result.step,
                      p->tensors[k].name);
+    }
 }
 
 void pair_step(pair *p, const muonshard_step_args *args) {

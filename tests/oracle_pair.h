@@ -19,6 +19,7 @@ typedef struct pair_tensor {
     muonshard_null_grad null_grad;
     double lr_multiplier, decay_multiplier; /* both 0: 1 */
     int group;
+    muonshard_dtype dtype, grad_dtype; /* fp32 or bf16 */
 } pair_tensor;
 
 /* The oracle twice: with parameters in fp64, and with parameters stored in fp32.
@@ -30,8 +31,9 @@ typedef struct pair {
     const pair_tensor *tensors;
     size_t count;
     size_t *elements;
-    float **start, **params, **grads, **grads_before;
-    bool *absent; /* the library and the oracle get NULL for it */
+    float **start, **params, **grads, **grads_before; /* fp32, of numbers of the tensor's dtype */
+    uint16_t **narrow_params, **narrow_grads; /* what the library has of bf16 tensors; NULL: fp32 */
+    bool *absent;                             /* the library and the oracle get NULL for it */
     oracle_rng rng;
     muonshard_step_result_info result; /* of the last pair_step */
 } pair;

@@ -24,8 +24,8 @@ void ranks_run(muonshard_comm *comm, void *arg) {
     out->status[rank] = r.status;
     memcpy(out->message[rank], r.message, sizeof r.message);
     for (size_t i = 0; out->keep && rank == 0 && i < r.setup->count; i++) {
-        out->kept[i] = malloc(r.elements[i] * sizeof(float));
-        memcpy(out->kept[i], r.params[i], r.elements[i] * sizeof(float));
+        out->kept[i] = malloc(rig_bytes(&r, i));
+        memcpy(out->kept[i], r.params[i], rig_bytes(&r, i));
     }
     rig_close(&r);
 }

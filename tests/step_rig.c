@@ -1,5 +1,6 @@
 #include "step_rig.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -48,6 +49,31 @@ static void fill(float *x, size_t count, uint64_t seed) {
     }
 }
 
+static size_t size_of(muonshard_dtype dtype) {
+    return dtype == MUONSHARD_FP32 ? 4 : 2;
+}
+
+/* The nearest number of the dtype towards zero; |x| < 2, and fp16 flushes what is below its normal
+ * numbers. */
+static uint16_t narrow(float x, muonshard_dtype dtype) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (dtype == MUONSHARD_BF16)
+        return (uint16_t)(bits >> 16);
+    const uint32_t sign = bits >> 31 << 15, exponent = bits >> 23 & 255;
+    return (uint16_t)(exponent < 113 ? sign : sign | (exponent - 112) << 10 | (bits >> 13 & 1023));
+}
+
+static void fill_as(void *x, muonshard_dtype dtype, size_t count, uint64_t seed) {
+    float *wide = dtype == MUONSHARD_FP32 ? x : calloc(count, sizeof *wide);
+    fill(wide, count, seed);
+    if (dtype == MUONSHARD_FP32)
+        return;
+    for (size_t i = 0; i < count; i++)
+        ((uint16_t *)x)[i] = narrow(wide[i], dtype);
+    free(wide);
+}
+
 static void note(rig *r, muonshard_status status, const char *text) {
     if (r->status != MUONSHARD_OK || status == MUONSHARD_OK)
         return;
@@ -63,9 +89,9 @@ static void add(rig *r, size_t i) {
         d.shape[k] = t->shape[k];
         r->elements[i] *= (size_t)t->shape[k];
     }
-    r->params[i] = calloc(r->elements[i], sizeof(float));
-    r->grads[i] = calloc(r->elements[i], sizeof(float));
-    fill(r->params[i], r->elements[i], name_seed(t->name));
+    r->params[i] = calloc(r->elements[i], size_of(t->dtype));
+    r->grads[i] = calloc(r->elements[i], size_of(t->grad_dtype));
+    fill_as(r->params[i], t->dtype, r->elements[i], name_seed(t->name));
     d.name = t->name;
     d.role = t->role;
     d.form = t->form;
@@ -75,6 +101,8 @@ static void add(rig *r, size_t i) {
     d.priority = t->priority;
     d.priority_stride = t->priority_stride;
     d.null_grad = t->null_grad;
+    d.dtype = t->dtype;
+    d.grad_dtype = t->grad_dtype;
     d.param = r->params[i];
     d.grad = r->grads[i];
     const muonshard_status status = muonshard_add_tensor(r->optimizer, &d, NULL);
@@ -106,7 +134,7 @@ void rig_gradients_of(rig *r, int rank) {
     for (size_t i = 0; i < r->setup->count; i++) {
         const uint64_t seed =
             name_seed(r->setup->tensors[i].name) ^ mix((uint64_t)r->step * 64 + (uint64_t)rank);
-        fill(r->grads[i], r->elements[i], seed);
+        fill_as(r->grads[i], r->setup->tensors[i].grad_dtype, r->elements[i], seed);
     }
 }
 
@@ -160,11 +188,15 @@ void rig_close(rig *r) {
     }
 }
 
+size_t rig_bytes(const rig *r, size_t tensor) {
+    return r->elements[tensor] * size_of(r->setup->tensors[tensor].dtype);
+}
+
 uint64_t rig_digest(const rig *r) {
     uint64_t h = 1469598103934665603U;
     for (size_t i = 0; i < r->setup->count; i++) {
         const unsigned char *bytes = (const unsigned char *)r->params[i];
-        for (size_t k = 0; k < r->elements[i] * sizeof(float); k++)
+        for (size_t k = 0; k < rig_bytes(r, i); k++)
             h = (h ^ bytes[k]) * 1099511628211U;
     }
     return h;

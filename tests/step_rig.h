@@ -19,6 +19,7 @@ typedef struct rig_tensor {
     int priority, priority_stride;
     muonshard_null_grad null_grad;
     muonshard_matrix_form form;
+    muonshard_dtype dtype, grad_dtype;
 } rig_tensor;
 
 /* The first fields of an initialiser: {RIG_TENSOR("w", MUONSHARD_ROLE_MATRIX, 2, 24, 96), .priority
@@ -48,7 +49,7 @@ typedef struct rig {
     muonshard_comm *comm; /* borrowed */
     muonshard_optimizer *optimizer;
     size_t elements[RIG_MAX_TENSORS];
-    float *params[RIG_MAX_TENSORS], *grads[RIG_MAX_TENSORS];
+    float *params[RIG_MAX_TENSORS], *grads[RIG_MAX_TENSORS]; /* of the tensor's dtypes */
     int step;
     muonshard_status status; /* the first that was not OK */
     char message[1024];
@@ -64,6 +65,8 @@ void rig_gradients(rig *r);
 void rig_gradients_of(rig *r, int rank);
 void rig_step(rig *r);
 void rig_close(rig *r);
+/* Of a tensor's parameters. */
+size_t rig_bytes(const rig *r, size_t tensor);
 /* FNV-1a of all parameters' bytes. */
 uint64_t rig_digest(const rig *r);
 /* Opens, steps setup->steps times with new gradients, closes; returns the digest, 0 after an error.

@@ -4,6 +4,7 @@
 #include <muonshard.h>
 #include <cblas.h>
 #include <math.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -145,13 +146,13 @@ static void test_the_order_of_calls(void **state) {
 static void test_bad_tensors(void **state) {
     fixture *f = *state;
     const int64_t splits[] = {2, 3}, good_splits[] = {1, 3}, zero[] = {0, 4};
-    enum { CASES = 17 };
+    enum { CASES = 18 };
     muonshard_tensor_desc d[CASES];
     const char *part[CASES] = {
         "no name",       "role",          "dimensions",         "dimensions", "size 1",
         "param is NULL", "lr_multiplier", "decay_multiplier",   "group",      "row split 1",
         "row split 0",   "leave 0",       "row_splits is NULL", "dtype",      "too many",
-        "form",          "null_grad"};
+        "form",          "null_grad",     "grad_dtype"};
     for (int i = 0; i < CASES; i++)
         d[i] = stack_desc(f);
     d[0].name = NULL;
@@ -175,10 +176,12 @@ static void test_bad_tensors(void **state) {
     d[14].shape[0] = d[14].shape[1] = d[14].shape[2] = INT64_MAX / 2;
     d[15].form = (muonshard_matrix_form)5;
     d[16].null_grad = (muonshard_null_grad)5;
+    d[17].grad_dtype = (muonshard_dtype)9;
     for (int i = 0; i < CASES; i++) {
         int id = 77;
         const muonshard_status status = muonshard_add_tensor(f->optimizer, &d[i], &id);
-        assert_int_equal(status, i == 13 ? MUONSHARD_ERR_UNSUPPORTED : MUONSHARD_ERR_ARGUMENT);
+        assert_int_equal(status,
+                         i == 13 || i == 17 ? MUONSHARD_ERR_UNSUPPORTED : MUONSHARD_ERR_ARGUMENT);
         assert_int_equal(id, 77);
         if (!strstr(muonshard_last_error(f->optimizer), part[i]))
             fail_msg("case %d: '%s'", i, muonshard_last_error(f->optimizer));
@@ -199,6 +202,55 @@ static void test_bad_tensors(void **state) {
     assert_non_null(strstr(muonshard_last_error(f->optimizer), "overlaps that of 'stack'"));
     tied.param = f->w + 48;
     assert_int_equal(muonshard_add_tensor(f->optimizer, &tied, &id), MUONSHARD_OK);
+}
+
+/* 16-bit parameters are taken where small updates survive, and refused, naming the keys, elsewhere.
+ */
+static void test_storage_of_16_bit_parameters(void **state) {
+    fixture *f = *state;
+    static const char *const masters[] = {"auto", "owner", "replicated", "none"};
+    static const char *const gathers[] = {"auto", "updates", "params"};
+    static const char *const roundings[] = {"nearest", "stochastic"};
+    static const char *const refused[] = {
+        "updates auto nearest",      "updates owner nearest",        "updates owner stochastic",
+        "params replicated nearest", "params replicated stochastic", "auto none nearest",
+        "updates none nearest",      "params none nearest"};
+    uint16_t narrow[48], frozen[48]; /* never read: there is no commit */
+    int refusals = 0;
+    for (int k = 0; k < 24; k++) {
+        char yaml[128], name[64];
+        const char *m = masters[k % 4], *g = gathers[k / 4 % 3], *r = roundings[k / 12];
+        snprintf(yaml, sizeof yaml, "{master: %s, gather: %s, rounding: %s}", m, g, r);
+        snprintf(name, sizeof name, "%s %s %s", g, m, r);
+        bool expected = true;
+        for (size_t i = 0; i < sizeof refused / sizeof refused[0]; i++)
+            expected = expected && strcmp(name, refused[i]) != 0;
+        muonshard_config *config;
+        muonshard_optimizer *o;
+        assert_int_equal(muonshard_config_create(&config), MUONSHARD_OK);
+        assert_int_equal(muonshard_config_load_string(config, yaml), MUONSHARD_OK);
+        assert_int_equal(muonshard_create(f->comm, config, NULL, &o), MUONSHARD_OK);
+        muonshard_tensor_desc d = stack_desc(f);
+        assert_int_equal(muonshard_add_tensor(o, &d, NULL), MUONSHARD_OK); /* fp32: always */
+        d.name = "narrow";
+        d.dtype = MUONSHARD_BF16;
+        d.param = narrow;
+        const muonshard_status status = muonshard_add_tensor(o, &d, NULL);
+        if (status != (expected ? MUONSHARD_OK : MUONSHARD_ERR_CONFIG))
+            fail_msg("%s: %s", name, muonshard_status_string(status));
+        if (!expected) {
+            assert_non_null(strstr(muonshard_last_error(o), "'narrow' is bf16"));
+            assert_non_null(strstr(muonshard_last_error(o), "master"));
+        }
+        refusals += !expected;
+        d.name = "frozen";
+        d.role = MUONSHARD_ROLE_FROZEN;
+        d.param = frozen;
+        assert_int_equal(muonshard_add_tensor(o, &d, NULL), MUONSHARD_OK);
+        muonshard_destroy(o);
+        muonshard_config_destroy(config);
+    }
+    assert_int_equal(refusals, sizeof refused / sizeof refused[0]);
 }
 
 static void test_sizes_of_structs(void **state) {
@@ -413,6 +465,7 @@ int main(void) {
         CREATED(test_explicit_backend_that_is_not_there),
         CREATED(test_the_order_of_calls),
         CREATED(test_bad_tensors),
+        CREATED(test_storage_of_16_bit_parameters),
         COMMITTED(test_sizes_of_structs),
         COMMITTED(test_bad_step_arguments_change_nothing),
         COMMITTED(test_grad_ready_ranges),

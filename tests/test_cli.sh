@@ -6,6 +6,7 @@ set -u
 muonshard=$1
 maker=$2
 mpiexec=${3:-mpirun}
+configs=$(cd "$(dirname "$0")/../configs" && pwd) || exit 1
 export OPENBLAS_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 
@@ -92,9 +93,14 @@ for step in 1 2 3; do
         "$maker" make g$step-$rank.safetensors $((100 * step + rank)) $model || exit 1
     done
     "$maker" mean m$step.safetensors g$step-0.safetensors g$step-1.safetensors || exit 1
+    for rank in 0 1; do
+        "$maker" cast b$step-$rank.safetensors g$step-$rank.safetensors BF16 || exit 1
+    done
+    "$maker" mean mb$step.safetensors b$step-0.safetensors b$step-1.safetensors || exit 1
 done
 cat >good.yaml <<'END'
 preset: jordan
+ns_dtype: fp32 # so that what differs in the last bit stays small
 clip_norm: 2.5
 groups:
   - match: [wte, "*norm*"]
@@ -152,8 +158,16 @@ refused "missing config" 15 "none.yaml" with_config none.yaml
 refused "config is a directory" 15 "out" with_config out
 refused "rule with an unknown word" 12 'groups: rule 1|rolle' replay "groups=match=wte rolle=matrix"
 refused "rule with a bad value" 12 'groups: rule 1|role is "big"' replay "groups=match=wte role=big"
-refused "row_splits that do not add up" 12 'groups: rule 1 (match=h.odd)|add up to 4|"h.odd" has 5 rows' \
+refused "row_splits that do not add up" 12 'groups: rule 1 (match=h.odd row_splits=2,2)|add up to 4|"h.odd" has 5 rows' \
     replay "groups=match=h.odd role=matrix row_splits=2,2"
+refused "a rule about nothing" 12 'groups: rule 1 has no match, shape or dims' replay "groups=role=matrix lr=1"
+refused "a rule's schedule" 12 'groups: rule 1|lr_schedule is "0:1,x"' \
+    replay "groups=match=* role=matrix lr_schedule=0:1,x"
+refused "a rule's schedule and the number of files" 12 'groups: rule 1|"end:1,2:0" fall where total_steps is 3' \
+    replay "groups=match=h.odd role=matrix lr_schedule=end:1,2:0"
+refused "a schedule" 12 'lr_schedule: point "x:1"' replay lr_schedule=x:1
+refused "momentum of what has none" 12 'momentum is for role=matrix only' \
+    replay "groups=match=wte role=elementwise momentum=0.5"
 refused "a vector as matrix" 12 'groups: rule 1 (match=b*)|"bias"' replay "groups=match=b* role=matrix"
 
 # ---- bad arguments --------------------------------------------------------------------------------------
@@ -202,11 +216,18 @@ bad "two tensors of one name" 16 "duplicate"
 bad "shape and offsets disagree" 16 'tensor "a"|20 bytes'
 "$maker" raw bad.safetensors "{$(entry a FP32 '[4]' '[0,16]')}" 16
 bad "unknown dtype" 16 'tensor "a"|"FP32"'
-"$maker" raw bad.safetensors "{$(entry w BF16 '[4,2]' '[0,16]')}" 16
-refused "parameters in 16 bits" 21 'bad.safetensors: tensor "w" is BF16|role=frozen' with_params bad.safetensors
+"$maker" raw bad.safetensors "{$(entry w I32 '[4,2]' '[0,32]')}" 32
+refused "parameters in integers" 21 'bad.safetensors: tensor "w" is I32|F32, BF16 and F16|role=frozen' \
+    with_params bad.safetensors
 
 "$maker" make bad.safetensors 5 ${model/h.odd=5x3/h.odd=3x5}
-refused "gradient of another shape" 11 'bad.safetensors: tensor "h.odd" is F32 [3, 5]; expected F32 [5, 3]' \
+refused "gradient of another shape" 11 'bad.safetensors: tensor "h.odd" is [3, 5]; expected [5, 3]' \
+    with_grads g1.safetensors bad.safetensors
+"$maker" make bad.safetensors 5 ${model/h.odd=5x3/h.odd=5x3:I32}
+refused "gradient in integers" 21 'bad.safetensors: tensor "h.odd" is I32; gradients are F32, BF16 or F16' \
+    with_grads bad.safetensors
+"$maker" make bad.safetensors 5 ${model/h.odd=5x3/h.odd=5x3:F16}
+refused "gradient of another dtype" 11 'bad.safetensors: tensor "h.odd" is F16; expected F32 as in the files before' \
     with_grads g1.safetensors bad.safetensors
 "$maker" make bad.safetensors 5 ${model/h.odd=5x3/}
 refused "gradient that is missing" 11 'bad.safetensors: tensor "h.odd"|missing' with_grads g1.safetensors bad.safetensors
@@ -235,9 +256,9 @@ run() { # RANKS OUT ARGUMENTS...
 }
 runs "without mpirun" alone "$muonshard" replay good.yaml --params in.safetensors --grads $grads \
     --out good/alone.safetensors --out-every 2
-says "the table: a rule" "h.qkv   [2, 6, 4]  matrix              6  2: h.qkv" stderr
-says "the table: no rule" "h.odd   [5, 3]     matrix              1  none" stderr
-says "the table: element-wise" "wte     [16, 4]    elementwise         -  1: wte,*norm*" stderr
+says "the table: a rule" "h.qkv   [2, 6, 4]  F32    matrix              6  2: match=h.qkv row_splits=2,2,2" stderr
+says "the table: no rule" "h.odd   [5, 3]     F32    matrix              1  none" stderr
+says "the table: element-wise" "wte     [16, 4]    F32    elementwise         -  1: match=wte,*norm*" stderr
 if [ "$(ls good)" = "$(printf 'alone-000002.safetensors\nalone.safetensors')" ]; then
     passed "--out-every 2 of 3 steps"
 else
@@ -269,9 +290,9 @@ says "it is reported" "warning: step 2 (nan.safetensors) skipped" stderr
 same "and changes nothing" good/alone.safetensors good/skip.safetensors
 
 "$maker" make lack.safetensors 8 ${model/h.odd=5x3/}
-moved() { # NAME yes|no FILE TENSOR: whether it differs from the input
+moved() { # NAME yes|no FILE TENSOR [FILE]: whether it differs from the input, or the other file
     local difference
-    difference=$("$maker" differ in.safetensors "$3" "$4" 2>stderr)
+    difference=$("$maker" differ "${5:-in.safetensors}" "$3" "$4" 2>stderr)
     case "$2:$difference" in
     yes: | no:) failed "$1" "cannot be compared" ;;
     yes:0.000e+00) failed "$1" "it did not change" ;;
@@ -289,6 +310,98 @@ runs "frozen" run 1 frozen --grads $grads "groups=match=* role=frozen"
 same "nothing changes" in.safetensors good/frozen.safetensors
 runs "a rule that decides about nothing" run 1 unused --grads g1.safetensors "groups=match=nothing role=frozen"
 says "is told" "warning: groups: rule 1 (match=nothing) decides about no tensor" stderr
+
+# ---- 16 bits --------------------------------------------------------------------------------------------
+
+says_equal() { # NAME FILE FILE TENSOR: the tensor is the same in both
+    local difference
+    difference=$("$maker" differ "$2" "$3" "$4" 2>stderr)
+    if [ "$difference" = 0.000e+00 ]; then passed "$1"; else failed "$1" "they differ by $difference"; fi
+}
+from() { # RANKS PARAMS OUT ARGUMENTS...
+    local n=$1 in=$2 out=$3
+    shift 3
+    ranks "$n" "$muonshard" replay good.yaml --params "$in.safetensors" --out "good/$out.safetensors" "$@"
+}
+own="b1-%r.safetensors b2-%r.safetensors b3-%r.safetensors"
+means="mb1.safetensors mb2.safetensors mb3.safetensors"
+runs "gradients in BF16, a file a rank" from 2 in bf16-own --grads $own
+says "the parameters' dtype is in the table" "  F32  " stderr
+runs "their mean in F32, 1 rank" from 1 in bf16-mean --grads $means &&
+    same "same bits" good/bf16-mean.safetensors good/bf16-own.safetensors
+# fp32 is kept by the owner, and 16 bits are its rounding: what fp32 parameters become, rounded once.
+for dtype in BF16 F16; do
+    "$maker" cast start.safetensors in.safetensors $dtype
+    "$maker" cast start32.safetensors start.safetensors F32
+    runs "parameters in $dtype, gradients in BF16, 2 ranks" from 2 start $dtype --grads $own
+    says "$dtype is in the table" "  $dtype" stderr
+    runs "1 rank, gradients in F32" from 1 start $dtype-1 --grads $means &&
+        same "same bits" good/$dtype.safetensors good/$dtype-1.safetensors
+    runs "the same start in F32" from 1 start32 $dtype-32 --grads $means
+    "$maker" cast rounded.safetensors good/$dtype-32.safetensors $dtype
+    same "rounded, they are the same bits" rounded.safetensors good/$dtype.safetensors
+    "$maker" cast h1.safetensors g1.safetensors F16
+    "$maker" cast h32.safetensors h1.safetensors F32
+    runs "gradients in F16" from 3 start $dtype-h --grads h1.safetensors &&
+        runs "in F32" from 3 start $dtype-h32 --grads h32.safetensors &&
+        same "same bits" good/$dtype-h.safetensors good/$dtype-h32.safetensors
+done
+"$maker" make mixed.safetensors 1 wte=16x4:BF16 h.qkv=2x6x4:F16 h.odd=5x3 h.wide=2x7:BF16 norm=4:F16 bias=5
+"$maker" make mixed-g.safetensors 2 wte=16x4:F16 h.qkv=2x6x4 h.odd=5x3:BF16 h.wide=2x7:BF16 norm=4 bias=5:F16
+runs "every dtype beside every other" from 3 mixed mixed --grads mixed-g.safetensors mixed-g.safetensors
+if "$maker" differ mixed.safetensors good/mixed.safetensors >stdout 2>stderr; then
+    passed "dtypes stay as they are"
+else
+    failed "dtypes stay as they are" "they did not"
+fi
+"$maker" make carried.safetensors 1 $model step=1:I32
+runs "a frozen integer" from 2 carried carried --grads $grads "groups=match=step role=frozen"
+says_equal "it is carried" carried.safetensors good/carried.safetensors step
+
+# ---- groups ---------------------------------------------------------------------------------------------
+
+# group TENSOR RULE KEY=VALUE...: what a rule gives its tensor is what the keys give every tensor, and others stay.
+group() {
+    local name=$1 rule=$2
+    shift 2
+    runs "groups=$rule" run 2 rule --grads $grads $common "groups=$rule"
+    runs "$*" run 1 all --grads $grads $common "$@" "groups=$roles"
+    says_equal "they give $name the same bits" good/rule.safetensors good/all.safetensors "$name"
+    runs "neither" run 1 neither --grads $grads $common "groups=$roles"
+    says_equal "and leave h.wide alone" good/rule.safetensors good/neither.safetensors h.wide
+    moved "the rule has an effect" yes good/rule.safetensors "$name" good/neither.safetensors
+}
+roles="match=nothing role=frozen"
+common="weight_decay=0.1 adam.weight_decay=0.2 adam.lr=0.05"
+group h.odd "match=h.odd role=matrix lr=0.005" lr=0.005
+group h.odd "shape=5,* role=matrix momentum=0.5" momentum=0.5
+group h.odd "dims=2 shape=5,3 role=matrix weight_decay=0.4" weight_decay=0.4
+group h.odd "match=h.odd role=matrix lr_schedule=0:1,cosine,end:0" "lr_schedule=0:1 cosine 3:0"
+group h.odd "match=h.odd role=matrix momentum_schedule=0:0.5,2:0.9" "momentum_schedule=0:0.5 2:0.9"
+group h.odd "match=h.odd role=matrix weight_decay_schedule=0:1,2:5" "weight_decay_schedule=0:1 2:5"
+group norm "match=norm role=elementwise lr=0.01 weight_decay=0.5" adam.lr=0.01 adam.weight_decay=0.5
+group norm "match=norm role=elementwise lr_schedule=0:1,end:0" "lr_schedule=0:1 3:0"
+common="$common lr_schedule=0:1,2:0.5"
+group h.odd "match=h.odd role=matrix lr=0.005" lr=0.005
+cat >groups.yaml <<'END'
+preset: jordan
+ns_dtype: fp32
+groups:
+  - shape: [5, "*"]
+    role: matrix
+    lr: 5e-3
+    lr_schedule: [0:0, 1:1, cosine, end:0.1]
+  - {dims: 1, role: elementwise, lr_multiplier: 0.5}
+END
+runs "rules in YAML" alone "$muonshard" replay groups.yaml --params in.safetensors --grads $grads --out good/yaml.safetensors
+says "they are in the table" "1: shape=5,* lr=5e-3 lr_schedule=0:0,1:1,cosine,end:0.1" stderr
+gpt2="wpe=8x6 h.0.ln_1.weight=6 wte=50257x2 h.0.attn.qkv.weight=2304x6 conv.weight=4x3x2x2 experts.up=2x4x6"
+"$maker" make gpt2.safetensors 1 $gpt2 h.0.attn.masked_bias=1:I32
+"$maker" make gpt2-1.safetensors 2 $gpt2
+"$maker" make gpt2-2.safetensors 3 ${gpt2/conv.weight=4x3x2x2/}
+runs "configs/parity.yaml" alone "$muonshard" replay "$configs/parity.yaml" --params gpt2.safetensors \
+    --grads gpt2-1.safetensors gpt2-2.safetensors --out good/gpt2.safetensors
+if grep -q -e warning -e "  none$" stderr; then failed "its rules all decide" "not all"; else passed "its rules all decide"; fi
 
 echo "$cases cases, $failures failures"
 [ $failures -eq 0 ]

@@ -462,10 +462,12 @@ static void test_slow_exchange_is_logged(void **state) {
 
 /* ---- a backend that fails ---- */
 
-static muonshard_status failing_sum(backend *self, float *dst, const float *src, int ranks,
-                                    size_t count, backend_stream stream) {
+static muonshard_status failing_sum(backend *self, float *dst, const void *src,
+                                    muonshard_dtype dtype, int ranks, size_t count,
+                                    backend_stream stream) {
     (void)dst;
     (void)src;
+    (void)dtype;
     (void)ranks;
     (void)count;
     (void)stream;

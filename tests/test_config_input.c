@@ -70,8 +70,9 @@ static void test_load_errors(void **state) {
         {"reduce: mean|sum\n",
          "<string>:1: reduce: found 'mean|sum', expected one of mean, sum, none"},
         {"reduce: ''\n", "<string>:1: reduce: found '', expected one of mean, sum, none"},
-        {"preset: torch\n", "<string>:1: preset: found 'torch', expected one of none, jordan, "
-                            "moonlight, nvidia, grouped_fp16, fan_ratio"},
+        {"preset: muon\n", "<string>:1: preset: found 'muon', expected one of none, jordan, "
+                           "moonlight, torch, nvidia, grouped_fp16, fan_ratio, dion_repo, gram, "
+                           "speedrun, optax"},
         {"name: [a]\n", "<string>:1: name: found a list, expected UTF-8 text"},
         {"groups: {}\n", "<string>:1: groups: found a mapping, expected a list of UTF-8 text, an "
                          "item a line"},

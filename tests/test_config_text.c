@@ -137,9 +137,9 @@ static void test_help(void **state) {
         const char *line, *adam, *groups;
     } cases[] = {
         {MUONSHARD_TEXT_PLAIN,
-         "\nlr                  number   0.001          [0, 1e+06]\n    Learn",
-         "\nadam.weight_decay   number   0.01           [0, 1e+06] or auto\n",
-         "\ngroups              list     role=matrix\n    Rules.\n"},
+         "\nlr                       number   0.001          [0, 1e+06]\n    Learn",
+         "\nadam.weight_decay        number   0.01           [0, 1e+06] or auto\n",
+         "\ngroups                   list     role=matrix\n    Rules.\n"},
         {MUONSHARD_TEXT_MARKDOWN, "\n| `lr` | number | `0.001` | [0, 1e+06] | Learn",
          "\n| `adam.weight_decay` | number | `0.01` | [0, 1e+06] or auto |",
          "\n| `groups` | list | `role=matrix` |  | Rules. |\n"},
@@ -155,6 +155,14 @@ static void test_help(void **state) {
             assert_non_null(strstr(text, settings_table[k].name));
         for (size_t p = 0; p < preset_count; ++p)
             assert_non_null(strstr(text, preset_table[p].name));
+        /* Of a preset only what differs from the defaults, and only the value in effect. */
+        const char *moonlight = strstr(text, "moonlight");
+        for (const char *next; (next = strstr(moonlight + 1, "moonlight"));)
+            moonlight = next;
+        const char *end = strstr(moonlight, "torch");
+        const char *decay = strstr(moonlight, "weight_decay=");
+        assert_true(end && (!decay || decay > end)); /* 0.1 is the default; 0 is another preset's */
+        assert_true(strstr(moonlight, "adam.form=eps_inside") < end);
         assert_non_null(strstr(text, cases[i].line));
         assert_non_null(strstr(text, cases[i].adam));
         assert_non_null(strstr(text, cases[i].groups));

@@ -206,13 +206,13 @@ static void test_momentum_closed_forms(void **state) {
     double ball = 0.0, swapped = 0.0, ema = 0.0, plain = 0.0;
     for (int t = 1; t <= 20; t++) {
         double series = (1.0 - pow(mu, t)) / (1.0 - mu);
-        double u = oracle_momentum_update(ORACLE_HEAVY_BALL, true, mu, &ball, 1.0);
+        double u = oracle_momentum_update(ORACLE_HEAVY_BALL, true, mu, 1, &ball, 1.0);
         assert_below(fabs(u - (1.0 + mu * series)), 1e-12);
-        u = oracle_momentum_update(ORACLE_HEAVY_BALL_SWAPPED, true, mu, &swapped, 1.0);
+        u = oracle_momentum_update(ORACLE_HEAVY_BALL_SWAPPED, true, mu, 1, &swapped, 1.0);
         assert_below(fabs(u - (series + mu)), 1e-12);
-        u = oracle_momentum_update(ORACLE_EMA, true, mu, &ema, 1.0);
+        u = oracle_momentum_update(ORACLE_EMA, true, mu, 1, &ema, 1.0);
         assert_below(fabs(u - (1.0 - pow(mu, t + 1))), 1e-12); /* 1-mu + mu (1 - mu^t) */
-        u = oracle_momentum_update(ORACLE_EMA, false, mu, &plain, 1.0);
+        u = oracle_momentum_update(ORACLE_EMA, false, mu, 1, &plain, 1.0);
         assert_below(fabs(u - (1.0 - pow(mu, t))), 1e-12);
         assert_true(u == plain && ball == swapped);
     }

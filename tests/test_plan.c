@@ -41,6 +41,8 @@ static void fixture_open(fixture *f, const rig_tensor *tensors, size_t count, co
         d.row_split_count = tensors[i].split_count;
         d.priority = tensors[i].priority;
         d.priority_stride = tensors[i].priority_stride;
+        d.dtype = tensors[i].dtype;
+        d.grad_dtype = tensors[i].grad_dtype;
         assert_int_equal(registry_add(&f->registry, f->settings, &d, NULL, &error), MUONSHARD_OK);
     }
     assert_int_equal(plan_make(&f->plan, &f->registry, f->settings, ranks, &error), MUONSHARD_OK);
@@ -56,13 +58,26 @@ static void fixture_close(fixture *f) {
 
 /* Cut small, so that there are many waves in a bucket and many batches. */
 static const char *const yamls[] = {"", "{bucket_bytes: 10000, batch_bytes: 5000}",
-                                    "{reduce: none}"};
+                                    "{reduce: none}",
+                                    "{ns_dtype: bf16, variance: normuon, batch_bytes: 5000}",
+                                    "{ownership: balanced, gather: params, batch_bytes: 5000}"};
+
+/* Every other tensor's parameters in bf16, every third's gradients. */
+static void mix_dtypes(rig_tensor *tensors) {
+    memcpy(tensors, rig_zoo, rig_zoo_count * sizeof *tensors);
+    for (size_t i = 0; i < rig_zoo_count; i++) {
+        tensors[i].dtype = i % 2 ? MUONSHARD_BF16 : MUONSHARD_FP32;
+        tensors[i].grad_dtype = i % 3 ? MUONSHARD_BF16 : MUONSHARD_FP32;
+    }
+}
 
 static void for_all(void (*check)(const fixture *f)) {
+    rig_tensor mixed[RIG_MAX_TENSORS];
+    mix_dtypes(mixed);
     for (size_t y = 0; y < sizeof yamls / sizeof yamls[0]; y++)
-        for (int n = 0; n < WORLD_SIZES; n++) {
+        for (int n = 0; n < 2 * WORLD_SIZES; n++) {
             fixture f;
-            fixture_open(&f, rig_zoo, rig_zoo_count, yamls[y], world_sizes[n]);
+            fixture_open(&f, n % 2 ? mixed : rig_zoo, rig_zoo_count, yamls[y], world_sizes[n / 2]);
             check(&f);
             fixture_close(&f);
         }
@@ -141,16 +156,17 @@ static void check_arenas(const fixture *f) {
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[i];
         owned[i] = (range){w->owned_offset, w->owned_offset + w->slot};
-        scratch[i] = (range){w->exchange_offset, w->exchange_offset + n * w->slot};
+        const size_t whole = n * w->slot * dtype_size(w->wire);
+        scratch[i] = (range){w->exchange_offset, w->exchange_offset + whole};
         if (w->packed && reduce)
-            pack[packed++] = (range){w->pack_offset, w->pack_offset + n * w->slot};
+            pack[packed++] = (range){w->pack_offset, w->pack_offset + whole};
         if (w->kind == PLAN_MATRICES)
             assert_true(owned[i].end <= p->matrix_elements);
     }
     assert_disjoint(owned, p->wave_count, p->owned_elements);
-    assert_disjoint(pack, packed, p->pack_elements);
+    assert_disjoint(pack, packed, p->pack_bytes);
     if (reduce)
-        assert_disjoint(scratch, p->wave_count, p->scratch_elements);
+        assert_disjoint(scratch, p->wave_count, p->scratch_bytes);
     free(owned);
     free(pack);
     free(scratch);
@@ -169,15 +185,20 @@ static void check_gather_buffers(const fixture *f) {
     for (size_t b = 0; b < p->batch_count; b++) {
         assert_int_equal(p->batches[b].first, next);
         next += p->batches[b].count;
-        range *ranges = calloc(p->wave_count, sizeof *ranges);
+        range *ranges = calloc(2 * p->wave_count, sizeof *ranges);
         size_t count = 0;
         for (size_t i = p->batches[b].first; i < p->wave_count; i++) {
             if (b + 1 >= p->batch_count ? i >= next : i >= next + p->batches[b + 1].count)
                 break;
             const wave *w = &p->waves[i];
-            ranges[count++] = (range){w->gather_offset, w->gather_offset + n * w->slot};
+            const size_t whole = n * w->slot * dtype_size(w->sent);
+            ranges[count++] = (range){w->gather_offset, w->gather_offset + whole};
+            const size_t factors = n * (size_t)(w->rows > w->cols ? w->rows : w->cols) * 4;
+            if (w->kind == PLAN_MATRICES && f->settings->variance != VARIANCE_NONE &&
+                !registry_gathers_params(f->settings, w->dtype))
+                ranges[count++] = (range){w->factor_offset, w->factor_offset + factors};
         }
-        assert_disjoint(ranges, count, p->gather_elements);
+        assert_disjoint(ranges, count, p->gather_bytes);
         free(ranges);
     }
     assert_int_equal(next, p->wave_count);
@@ -195,6 +216,15 @@ static void check_batches_have_one_shape(const fixture *f) {
             const wave *w = &p->waves[p->batches[b].first + i];
             assert_int_equal(w->kind, p->batches[b].kind);
             assert_true(p->batches[b].m <= p->batches[b].n);
+            assert_int_equal(w->dtype, p->batches[b].dtype);
+            for (int r = 0; w->kind == PLAN_MATRICES && r < p->world_size; r++) {
+                const size_t v = plan_slot_view(p, w, r);
+                if (v == PLAN_EMPTY_SLOT)
+                    continue;
+                const tensor *t = &f->registry.tensors[f->registry.views[v].tensor];
+                assert_int_equal(t->dtype, w->dtype);
+                assert_true(t->grad_dtype == w->wire || w->wire == MUONSHARD_FP32);
+            }
             assert_true((w->rows == p->batches[b].m && w->cols == p->batches[b].n) ||
                         (w->cols == p->batches[b].m && w->rows == p->batches[b].n));
         }
@@ -213,7 +243,10 @@ static void check_schedule(const fixture *f) {
     int *reduced = calloc(p->bucket_count + 1, sizeof *reduced);
     int *measured = calloc(p->bucket_count + 1, sizeof *measured);
     int *stage = calloc(p->batch_count + 1, sizeof *stage);
+    int *varied = calloc(p->batch_count + 1, sizeof *varied);
+    int *updated = calloc(p->batch_count + 1, sizeof *updated);
     int *gather = calloc(p->batch_count + 1, sizeof *gather);
+    int *computed = calloc(p->batch_count + 1, sizeof *computed); /* its last operation so far */
     int agree = -1, resolve = -1;
     for (int i = 0; i < (int)s->count; i++) {
         const op *o = &s->ops[i];
@@ -259,14 +292,31 @@ static void check_schedule(const fixture *f) {
             assert_true(resolve >= 0);
             assert_int_equal(stage[o->index], 0);
             stage[o->index] = o->kind == OP_ADAM ? 2 : 1;
+            computed[o->index] = i;
             break;
         case OP_ORTHOGONALIZE:
             assert_int_equal(stage[o->index], 1);
             stage[o->index] = 2;
+            computed[o->index] = i;
+            break;
+        case OP_VARIANCE:
+            assert_int_equal(stage[o->index], 2);
+            varied[o->index]++;
+            computed[o->index] = i;
+            break;
+        case OP_UPDATE:
+            assert_int_equal(stage[o->index], 2);
+            assert_int_equal(varied[o->index], f->settings->variance != VARIANCE_NONE);
+            updated[o->index]++;
+            computed[o->index] = i;
             break;
         case OP_ALL_GATHER:
             assert_int_equal(stage[o->index], 2);
             assert_int_equal(s->ops[o->waits_on].index, o->index);
+            assert_int_equal(o->waits_on, computed[o->index]);
+            const bool matrices = p->batches[o->index].kind == PLAN_MATRICES;
+            assert_int_equal(varied[o->index], matrices && f->settings->variance != VARIANCE_NONE);
+            assert_int_equal(updated[o->index], matrices && p->batches[o->index].gathers_params);
             if (o->index >= 2) /* its buffer was applied */
                 assert_int_equal(stage[o->index - 2], 4);
             stage[o->index] = 3;
@@ -285,6 +335,9 @@ static void check_schedule(const fixture *f) {
     free(reduced);
     free(measured);
     free(stage);
+    free(varied);
+    free(computed);
+    free(updated);
     free(gather);
 }
 
@@ -321,6 +374,83 @@ static void test_round_robin_of_single_matrices(void **state) {
     assert_int_equal(f.plan.wave_count, 3);
     assert_int_equal(f.plan.bytes_packed, 9 * 64 * 4);
     assert_int_equal(f.plan.bytes_padded, 3 * 64 * 4);
+    fixture_close(&f);
+}
+
+/* GPT-2 124M's matrices: at many ranks most are loose, and they differ in cost by 3.25. */
+static const rig_tensor gpt2[] = {
+    {RIG_TENSOR("qkv", MUONSHARD_ROLE_MATRIX, 3, 12, 2304, 768), .split_count = 3,
+     .splits = {768, 768, 768}},
+    {RIG_TENSOR("proj", MUONSHARD_ROLE_MATRIX, 3, 12, 768, 768)},
+    {RIG_TENSOR("fc", MUONSHARD_ROLE_MATRIX, 3, 12, 3072, 768)},
+    {RIG_TENSOR("fcproj", MUONSHARD_ROLE_MATRIX, 3, 12, 768, 3072)},
+};
+
+/* Never more than 4/3 of what the best assignment needs (Graham 1969), which is no less than the
+ * mean nor than the largest matrix; costs from the formula: per step m^2 (3n + m). */
+static void test_balanced_ownership(void **state) {
+    (void)state;
+    const double square = 4.0, wide = 13.0, total = 48 * square + 24 * wide;
+    for (int ranks = 1; ranks <= 80; ranks += 3) {
+        fixture turns, balanced;
+        fixture_open(&turns, gpt2, 4, "", ranks);
+        fixture_open(&balanced, gpt2, 4, "{ownership: balanced}", ranks);
+        const double mean = total / ranks, best = mean > wide ? mean : wide;
+        double *load = calloc((size_t)ranks, sizeof *load), most = 0.0;
+        for (size_t v = 0; v < balanced.registry.view_count; v++) {
+            const view *one = &balanced.registry.views[v];
+            load[balanced.plan.view_owner[v]] += one->rows == one->cols ? square : wide;
+        }
+        for (int r = 0; r < ranks; r++)
+            most = fmax(most, load[r]);
+        free(load);
+        assert_true(most <= 4.0 / 3.0 * best);
+        assert_true(fabs(balanced.plan.imbalance - most / mean) < 1e-9);
+        assert_true(balanced.plan.imbalance <= turns.plan.imbalance + 1e-9);
+        if (ranks == 64) {
+            assert_true(turns.plan.imbalance > 2.1 && most == wide);
+            print_message("GPT-2 at 64 ranks, largest / mean cost: %.3f by turns, %.3f balanced\n",
+                          turns.plan.imbalance, balanced.plan.imbalance);
+        }
+        fixture_close(&turns);
+        fixture_close(&balanced);
+    }
+}
+
+/* 16 bits are half the bytes: of gradients by their dtype, of updates by Newton-Schulz's, of
+ * parameters by theirs. */
+static void test_bytes_of_16_bits(void **state) {
+    (void)state;
+    rig_tensor t = {RIG_TENSOR("w", MUONSHARD_ROLE_MATRIX, 3, 2, 8, 8)};
+    const size_t slot = 64;
+    const struct {
+        const char *yaml;
+        muonshard_dtype dtype, grad_dtype;
+        size_t reduced, gathered;
+    } cases[] = {
+        {"", MUONSHARD_FP32, MUONSHARD_FP32, 4, 4},
+        {"", MUONSHARD_FP32, MUONSHARD_BF16, 2, 4},
+        {"{ns_dtype: bf16}", MUONSHARD_FP32, MUONSHARD_FP32, 4, 2},
+        {"{ns_dtype: tf32}", MUONSHARD_FP32, MUONSHARD_FP32, 4, 4},
+        {"{ns_dtype: bf16, gather: params}", MUONSHARD_FP32, MUONSHARD_FP32, 4, 4},
+        {"", MUONSHARD_BF16, MUONSHARD_FP16, 2, 2},
+        {"{gather: updates, master: replicated}", MUONSHARD_BF16, MUONSHARD_BF16, 2, 4},
+        {"{ns_dtype: param, gather: updates, master: replicated}", MUONSHARD_FP16, MUONSHARD_FP16,
+         2, 2},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
+        fixture f;
+        t.dtype = cases[c].dtype;
+        t.grad_dtype = cases[c].grad_dtype;
+        fixture_open(&f, &t, 1, cases[c].yaml, 2);
+        assert_int_equal(f.plan.bytes_reduced, slot * cases[c].reduced);
+        assert_int_equal(f.plan.bytes_gathered, slot * cases[c].gathered);
+        fixture_close(&f);
+    }
+    t.dtype = MUONSHARD_FP32; /* the variance's factors go along, 8 of them */
+    fixture f;
+    fixture_open(&f, &t, 1, "{variance: normuon}", 2);
+    assert_int_equal(f.plan.bytes_gathered, slot * 4 + 8 * 4);
     fixture_close(&f);
 }
 
@@ -489,7 +619,8 @@ static void test_bytes_are_counted(void **state) {
     assert_int_equal(p->bytes_gathered, 2 * (64 + PLAN_FLAT_CHUNK) * 4);
     assert_int_equal(p->bytes_packed, 100 * 4);
     assert_int_equal(p->bytes_padded, (3 * PLAN_FLAT_CHUNK - 100) * 4);
-    assert_int_equal(p->largest_unpacked, 3 * 64); /* zeros sent where a gradient is NULL */
+    assert_int_equal(p->largest_unpacked_bytes,
+                     3 * 64 * 4); /* zeros sent where a gradient is NULL */
     fixture_close(&f);
     fixture_open(&f, tensors, 2, "{reduce: none}", 3);
     assert_int_equal(f.plan.bytes_reduced, 0);
@@ -541,6 +672,8 @@ int main(void) {
         cmocka_unit_test(test_schedule_orders_what_depends),
         cmocka_unit_test(test_round_robin_of_a_stack),
         cmocka_unit_test(test_round_robin_of_single_matrices),
+        cmocka_unit_test(test_balanced_ownership),
+        cmocka_unit_test(test_bytes_of_16_bits),
         cmocka_unit_test(test_reductions_run_backwards_unless_priorities_say),
         cmocka_unit_test(test_priority_stride_goes_layer_by_layer),
         cmocka_unit_test(test_flat_shards_are_whole_chunks),

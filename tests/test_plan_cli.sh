@@ -63,6 +63,43 @@ plan small.yaml --ranks 2 --schedule reduce=none
 says "reduce=none takes" " take bucket 0 +compute"
 grep -q reduce-scatter stdout && failed "reduce=none: a reduce-scatter"
 
+# Two stacked megaelement matrices on two ranks: each sends and receives one. fp32: momentum; 16 bits: and a master.
+mega() { printf 'tensors:\n  - {name: w, role: matrix, shape: [2, 1024, 1024], %s}\n' "$1" >mega.yaml; }
+mega "dtype: fp32"; plan mega.yaml --ranks 2
+says "fp32" "^ +2 +1 +1 +1\.000 +4\.00 +4\.00 +0\.00 +0\.00 +4\.00 "
+mega "dtype: bf16"; plan mega.yaml --ranks 2 ns_dtype=bf16 --schedule
+says "bf16" "^ +2 +1 +1 +1\.000 +2\.00 +2\.00 +0\.00 +0\.00 +8\.00 "
+says "its dtype in the schedule" "1 wave of bf16 1024 x 1024"
+mega "dtype: fp16, grad_dtype: fp32"; plan mega.yaml --ranks 2
+says "fp16, gradients in fp32" "^ +2 +1 +1 +1\.000 +4\.00 +2\.00 +0\.00 +0\.00 +8\.00 "
+mega "dtype: bf16"; plan mega.yaml --ranks 2 rounding=stochastic momentum_dtype=bf16
+says "no master" "^ +2 +1 +1 +1\.000 +2\.00 +2\.00 +0\.00 +0\.00 +2\.00 "
+
+# Where gradients are reduced by the caller, no zeros are sent in the place of a missing one: 8 MiB less.
+mega "dtype: fp32"; plan mega.yaml --ranks 2
+with=$(tail -1 stdout | awk '{ print $NF }')
+plan mega.yaml --ranks 2 reduce=none
+says "zeros" " $(awk -v w="$with" 'BEGIN { printf "%.2f", w - 8 }' | sed 's/\./\\./')$"
+# A megaelement in bf16, half of it a rank's. State: m, v and master. Workspace: sums 2, what is sent 1, packed gradients 2, two
+# places for what is gathered 4.
+printf 'tensors:\n  - {name: b, role: elementwise, shape: [1048576], dtype: bf16}\n' >mega.yaml; plan mega.yaml --ranks 2
+says "element-wise in bf16" "^ +2 +1 +1 +1\.000 +1\.00 +1\.00 +2\.00 +0\.00 +6\.00 +9\.00$"
+
+# Squares of 32, 48 and 64 cost as 8 : 27 : 64; the best two ranks can have is 64 and 35.
+cat >uneven.yaml <<'YAML'
+tensors:
+  - {name: a, role: matrix, shape: [32, 32]}
+  - {name: b, role: matrix, shape: [48, 48]}
+  - {name: c, role: matrix, shape: [64, 64]}
+YAML
+plan uneven.yaml --ranks 2
+says "the policy" "ownership round_robin$"
+plan uneven.yaml --ranks 2 ownership=balanced --schedule
+says "the other policy" "ownership balanced$"
+says "the largest and its mean" "^ +2 .* $(awk 'BEGIN { printf "%.3f", 64 / 49.5 }' | sed 's/\./\\./') "
+says "the largest alone" "^ +c +1 matrices, ranks 0$"
+says "the others together" "^ +[ab] +1 matrices, ranks 1$"
+
 refused "no model" 11 "too few arguments"
 refused "missing file" 15 "missing.yaml" missing.yaml
 refused "unknown key" 12 "learning_rate" small.yaml learning_rate=1
@@ -77,6 +114,8 @@ bad "name: w, role: matrix, shape: [2, -2]"; refused "negative size" 12 "shape i
 bad "name: w, role: matrix, shape: [2, 2], color: red"; refused "unknown word" 12 "unknown word 'color'" bad.yaml
 bad "name: w, role: matrix, shape: [7]"; refused "a vector as a matrix" 11 "1 dimensions" bad.yaml
 bad "name: w, role: matrix, shape: [4, 4], row_splits: [3, 2]"; refused "splits" 11 "row split 1 is 2" bad.yaml
+bad "name: w, role: matrix, shape: [4, 4], dtype: fp8"; refused "unknown dtype" 12 "dtype is 'fp8'" bad.yaml
+bad "name: w, role: matrix, shape: [4, 4], grad_dtype: F32"; refused "unknown grad_dtype" 12 "grad_dtype is 'F32'" bad.yaml
 echo "model: empty" >bad.yaml
 refused "no tensors" 12 "tensors: the model has none" bad.yaml
 

@@ -12,8 +12,10 @@
 
 /* ---- bits ---- */
 
-static const char *const presets[] = {"preset: jordan", "preset: moonlight", "preset: nvidia",
-                                      "preset: grouped_fp16", "preset: fan_ratio"};
+static const char *const presets[] = {
+    "preset: jordan",       "preset: moonlight", "preset: torch",     "preset: nvidia",
+    "preset: grouped_fp16", "preset: fan_ratio", "preset: dion_repo", "preset: gram",
+    "preset: speedrun",     "preset: optax"};
 enum { PRESETS = sizeof presets / sizeof presets[0] };
 
 static void test_rerun_and_wave_size_change_no_bit(void **state) {
@@ -117,7 +119,8 @@ static void test_a_split_batch_takes_the_same_step(void **state) {
         for (size_t k = 0; k < PRESETS; k++) {
             char yaml[128];
             snprintf(yaml, sizeof yaml,
-                     "{%s, lr: 0.1, adam.lr: 0.1, adam.eps: 1e-3, clip_norm: 1.0}", presets[k]);
+                     "{%s, ns_dtype: fp32, lr: 0.1, adam.lr: 0.1, adam.eps: 1e-3, clip_norm: 1.0}",
+                     presets[k]);
             rig_case setup = zoo_case(yaml);
             setup.steps = 1;
             outcome split = {.setup = {&setup}, .keep = true};
@@ -141,7 +144,7 @@ static void test_a_split_batch_takes_the_same_step(void **state) {
                     difference += (a - b) * (a - b);
                     length += moved * moved;
                 }
-                if (sqrt(difference) > 2e-5 * sqrt(length))
+                if (sqrt(difference) > 4e-5 * sqrt(length))
                     fail_msg("%s, %d ranks, %s: %g of the displacement", presets[k], n,
                              setup.tensors[i].name, sqrt(difference / length));
                 free(split.kept[i]);

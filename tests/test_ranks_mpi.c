@@ -78,11 +78,24 @@ static uint64_t over_callbacks(const rig_case *setup) {
 
 static void test_communicators_agree_to_the_bit(void **state) {
     (void)state;
-    static const char *const yamls[] = {"{preset: jordan, clip_norm: 3}", "preset: moonlight",
+    static const char *const yamls[] = {"{preset: jordan, clip_norm: 3}",
+                                        "preset: moonlight",
                                         "{preset: nvidia, bucket_bytes: 9000, batch_bytes: 5000}",
-                                        "preset: grouped_fp16", "{preset: fan_ratio, reduce: sum}"};
-    for (size_t i = 0; i < sizeof yamls / sizeof yamls[0]; i++) {
-        rig_case setup = {.tensors = rig_zoo, .count = rig_zoo_count, .yaml = yamls[i], .steps = 3};
+                                        "{preset: grouped_fp16, ownership: balanced}",
+                                        "{preset: fan_ratio, reduce: sum, gather: params}",
+                                        "{preset: speedrun, bucket_bytes: 9000}",
+                                        "{preset: gram, rounding: stochastic, gather: updates}"};
+    rig_tensor mixed[RIG_MAX_TENSORS]; /* parameters and gradients of all dtypes */
+    memcpy(mixed, rig_zoo, rig_zoo_count * sizeof *mixed);
+    for (size_t i = 0; i < rig_zoo_count; i++) {
+        mixed[i].dtype = (muonshard_dtype)(i % 3);
+        mixed[i].grad_dtype = (muonshard_dtype)(i % 2);
+    }
+    for (size_t i = 0; i < 2 * sizeof yamls / sizeof yamls[0]; i++) {
+        rig_case setup = {.tensors = i % 2 ? mixed : rig_zoo,
+                          .count = rig_zoo_count,
+                          .yaml = yamls[i / 2],
+                          .steps = 3};
         const uint64_t wanted = over_threads(&setup);
         assert_on_all(wanted != 0);
         assert_on_all(over_mpi(&setup) == wanted);

@@ -51,7 +51,8 @@ static void test_clipping_comes_before_momentum(void **state) {
     oracle_preset preset = *moonlight;
     preset.clip_norm = 0.7;
     pair p;
-    pair_open(&p, "preset: moonlight\nclip_norm: 0.7\n", &preset, tensors, TENSORS, 300);
+    pair_open(&p, "preset: moonlight\nns_dtype: fp32\nclip_norm: 0.7\n", &preset, tensors, TENSORS,
+              300);
     muonshard_step_args args = large_rates();
     for (int step = 1; step <= 10; step++) {
         args.grad_scale =
@@ -67,8 +68,9 @@ static void test_clipping_comes_before_momentum(void **state) {
 static void test_idle_clipping_changes_no_bit(void **state) {
     (void)state;
     pair with, without;
-    pair_open(&with, "preset: jordan\nclip_norm: 1e6\n", jordan, tensors, TENSORS, 301);
-    pair_open(&without, "preset: jordan\n", jordan, tensors, TENSORS, 301);
+    pair_open(&with, "preset: jordan\nns_dtype: fp32\nclip_norm: 1e6\n", jordan, tensors, TENSORS,
+              301);
+    pair_open(&without, "preset: jordan\nns_dtype: fp32\n", jordan, tensors, TENSORS, 301);
     for (int step = 1; step <= 3; step++) {
         pair_new_gradients(&with);
         pair_new_gradients(&without);
@@ -91,9 +93,10 @@ static void test_nonfinite_gradients_skip_the_step(void **state) {
                 kind <
                 3; /* the first step, and the first entry; else the last entry in the middle */
             pair p, untouched;
-            pair_open(&p, "preset: moonlight\nclip_norm: 1\n", moonlight, tensors, TENSORS, 302);
-            pair_open(&untouched, "preset: moonlight\nclip_norm: 1\n", moonlight, tensors, TENSORS,
-                      302);
+            pair_open(&p, "preset: moonlight\nns_dtype: fp32\nclip_norm: 1\n", moonlight, tensors,
+                      TENSORS, 302);
+            pair_open(&untouched, "preset: moonlight\nns_dtype: fp32\nclip_norm: 1\n", moonlight,
+                      tensors, TENSORS, 302);
             for (int step = 0; step < 4; step++) {
                 if (step == (at_first ? 0 : 2)) {
                     float *before[TENSORS];
@@ -134,7 +137,7 @@ static void test_nonfinite_gradients_skip_the_step(void **state) {
 static void test_large_gradients_are_not_skipped(void **state) {
     (void)state;
     pair p;
-    pair_open(&p, "preset: jordan\n", jordan, tensors, 2, 303);
+    pair_open(&p, "preset: jordan\nns_dtype: fp32\n", jordan, tensors, 2, 303);
     for (int step = 1; step <= 2; step++) {
         pair_new_gradients(&p);
         for (size_t k = 0; k < p.count; k++)
@@ -150,7 +153,7 @@ static void test_large_gradients_are_not_skipped(void **state) {
 static void test_zero_gradients(void **state) {
     (void)state;
     pair p; /* weight decay alone is left */
-    pair_open(&p, "preset: moonlight\n", moonlight, tensors, TENSORS, 304);
+    pair_open(&p, "preset: moonlight\nns_dtype: fp32\n", moonlight, tensors, TENSORS, 304);
     muonshard_step_args args = large_rates();
     for (int step = 1; step <= 3; step++) { /* gradients are zero from the start */
         pair_step(&p, &args);
@@ -163,7 +166,7 @@ static void test_zero_gradients(void **state) {
 static void test_arguments_of_a_step(void **state) {
     (void)state;
     pair p;
-    pair_open(&p, "preset: jordan\n", jordan, tensors, TENSORS, 305);
+    pair_open(&p, "preset: jordan\nns_dtype: fp32\n", jordan, tensors, TENSORS, 305);
     for (int step = 1; step <= 10; step++) {
         muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
         args.lr = 0.1 / step;
@@ -187,8 +190,8 @@ static void test_lr_factor_alone(void **state) {
     preset.adam_lr = 0.1;
     preset.weight_decay = 0.5;
     pair p;
-    pair_open(&p, "preset: jordan\nweight_decay: 0.5\nadam: {lr: 0.1}\n", &preset, tensors, TENSORS,
-              306);
+    pair_open(&p, "preset: jordan\nns_dtype: fp32\nweight_decay: 0.5\nadam: {lr: 0.1}\n", &preset,
+              tensors, TENSORS, 306);
     muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
     for (int step = 1; step <= 5; step++) {
         args.lr_factor = 6.0 / step;
@@ -216,7 +219,8 @@ static void test_lr_factor_alone(void **state) {
 static void test_auto_rates_follow_the_step(void **state) {
     (void)state;
     pair p;
-    pair_open(&p, "preset: moonlight\nadam: {lr_scale: 0.4}\n", moonlight, tensors, TENSORS, 315);
+    pair_open(&p, "preset: moonlight\nns_dtype: fp32\nadam: {lr_scale: 0.4}\n", moonlight, tensors,
+              TENSORS, 315);
     muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
     for (int step = 1; step <= 5; step++) {
         args.lr = 0.1 * step;
@@ -276,7 +280,8 @@ static void test_multipliers(void **state) {
          .decay_multiplier = 0.0},
     };
     pair p;
-    pair_open(&p, "preset: moonlight\n", moonlight, scaled, sizeof scaled / sizeof scaled[0], 307);
+    pair_open(&p, "preset: moonlight\nns_dtype: fp32\n", moonlight, scaled,
+              sizeof scaled / sizeof scaled[0], 307);
     muonshard_step_args args = large_rates();
     args.weight_decay = args.adam_weight_decay = 0.7;
     for (int step = 1; step <= 10; step++) {
@@ -306,7 +311,8 @@ static void test_groups(void **state) {
         {"gain 1", ELEMENTWISE, MUONSHARD_STACK, 1, {21}, .grad_size = 1.0, .group = 1},
     };
     pair p;
-    pair_open(&p, "preset: jordan\n", jordan, grouped, sizeof grouped / sizeof grouped[0], 308);
+    pair_open(&p, "preset: jordan\nns_dtype: fp32\n", jordan, grouped,
+              sizeof grouped / sizeof grouped[0], 308);
     for (int step = 1; step <= 10; step++) { /* group 3 is beyond the list: the step's values */
         const muonshard_group_args groups[3] = {
             {0.2, 0.9, 0.1}, {0.05 * step, 0.8, 0.4}, {0.3, 0.5 + 0.04 * step, 0.0}};
@@ -333,7 +339,8 @@ static void test_groups_leave_out_values(void **state) {
     const muonshard_group_args groups[2] = {{MUONSHARD_NAN, 0.7, MUONSHARD_NAN},
                                             {0.3, MUONSHARD_NAN, MUONSHARD_NAN}};
     pair p;
-    pair_open(&p, "preset: jordan\nlr: 0.1\nweight_decay: 0.3\n", jordan, grouped, 2, 309);
+    pair_open(&p, "preset: jordan\nns_dtype: fp32\nlr: 0.1\nweight_decay: 0.3\n", jordan, grouped,
+              2, 309);
     p.exact.preset.lr = p.rounded.preset.lr = 0.1;
     p.exact.preset.weight_decay = p.rounded.preset.weight_decay = 0.3;
     muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
@@ -349,12 +356,12 @@ static void test_groups_leave_out_values(void **state) {
 
 static void test_reductions_of_one_rank_are_the_same(void **state) {
     (void)state;
-    static const char *const yaml[] = {"preset: nvidia\nreduce: mean\n",
-                                       "preset: nvidia\nreduce: sum\n",
-                                       "preset: nvidia\nreduce: none\n"};
+    static const char *const yaml[] = {"preset: nvidia\nns_dtype: fp32\nreduce: mean\n",
+                                       "preset: nvidia\nns_dtype: fp32\nreduce: sum\n",
+                                       "preset: nvidia\nns_dtype: fp32\nreduce: none\n"};
     pair p[3];
     for (int i = 0; i < 3; i++) {
-        pair_open(&p[i], yaml[i], &oracle_presets[2], tensors, TENSORS, 310);
+        pair_open(&p[i], yaml[i], &oracle_presets[3], tensors, TENSORS, 310);
         for (int step = 1; step <= 3; step++) {
             pair_new_gradients(&p[i]);
             pair_step(&p[i], NULL);
@@ -370,8 +377,9 @@ static void test_null_gradient_is_an_error(void **state) {
     (void)state;
     for (size_t tensor = 1; tensor <= 2; tensor++) { /* a matrix and an element-wise one */
         pair p, untouched;
-        pair_open(&p, "preset: moonlight\n", moonlight, tensors, TENSORS, 311);
-        pair_open(&untouched, "preset: moonlight\n", moonlight, tensors, TENSORS, 311);
+        pair_open(&p, "preset: moonlight\nns_dtype: fp32\n", moonlight, tensors, TENSORS, 311);
+        pair_open(&untouched, "preset: moonlight\nns_dtype: fp32\n", moonlight, tensors, TENSORS,
+                  311);
         for (int step = 0; step < 3; step++) {
             pair_new_gradients(&p);
             pair_new_gradients(&untouched);
@@ -399,8 +407,8 @@ static void test_null_gradient_is_zero(void **state) {
     for (size_t k = 0; k < TENSORS; k++)
         lenient[k].null_grad = MUONSHARD_NULL_GRAD_ZERO;
     pair null, zero;
-    pair_open(&null, "preset: moonlight\n", moonlight, lenient, TENSORS, 312);
-    pair_open(&zero, "preset: moonlight\n", moonlight, lenient, TENSORS, 312);
+    pair_open(&null, "preset: moonlight\nns_dtype: fp32\n", moonlight, lenient, TENSORS, 312);
+    pair_open(&zero, "preset: moonlight\nns_dtype: fp32\n", moonlight, lenient, TENSORS, 312);
     for (int step = 1; step <= 5; step++) {
         pair_new_gradients(&null);
         pair_new_gradients(&zero);
@@ -427,7 +435,7 @@ static void test_null_gradient_leaves_the_tensor(void **state) {
     for (size_t k = 1; k <= 2; k++)
         skipping[k].null_grad = MUONSHARD_NULL_GRAD_SKIP;
     pair p;
-    pair_open(&p, "preset: moonlight\n", moonlight, skipping, TENSORS, 313);
+    pair_open(&p, "preset: moonlight\nns_dtype: fp32\n", moonlight, skipping, TENSORS, 313);
     muonshard_step_args args = large_rates();
     for (int step = 1; step <= 6; step++) {
         bool absent = step >= 5 || step == 2;
@@ -455,7 +463,7 @@ static void test_frozen_tensors_stay(void **state) {
         {"gain", ELEMENTWISE, MUONSHARD_STACK, 1, {18}, .grad_size = 1.0},
     };
     pair p;
-    pair_open(&p, "preset: moonlight\n", moonlight, with_frozen, 3, 314);
+    pair_open(&p, "preset: moonlight\nns_dtype: fp32\n", moonlight, with_frozen, 3, 314);
     for (int step = 1; step <= 3; step++) {
         pair_new_gradients(&p);
         pair_step_library(&p, NULL);

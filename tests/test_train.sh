@@ -26,6 +26,7 @@ for i in $(seq 1 2000); do
 done >text/bottles.txt
 cat >tiny.yaml <<'YAML'
 preset: jordan
+ns_dtype: fp32
 adam.lr: 3e-3
 model: {layers: 2, width: 32, heads: 2, context: 32}
 data: {files: ["text/*.txt"], val_fraction: 0.1}
@@ -87,6 +88,31 @@ field 2.jsonl lr_factor | awk '
     END { exit !(a < .334 && a > .333 && b == 1 && c == 1 && d > .549 && d < .551 && e == .1) }' &&
     passed "schedule" || failed "schedule" "$(field 2.jsonl lr_factor | tr '\n' ' ')"
 
+# Rules. same NAME LOG LOG: the same losses to the bit
+same() { near "$1" "$2" "$3" train_loss 0 30; }
+says() { grep -qF -- "$2" stderr && passed "$1" || failed "$1" "no \"$2\""; }
+grep -q "^# tensor" stderr && failed "no rules, no table" "there is one" || passed "no rules, no table"
+train 2 rule.jsonl "groups=match=*qkv* role=matrix" || failed "a rule" "exit code $?"
+same "what a rule does not say stays" 2.jsonl rule.jsonl
+says "the table" "fp32   matrix              6  1: match=*qkv*"
+says "the table without a rule" "fp32   elementwise         -  none"
+train 2 rule.jsonl "groups=match=* role=elementwise" || failed "all by AdamW" "exit code $?"
+train 2 all.jsonl train.optimizer=adamw || failed "adamw" "exit code $?"
+same "a rule for all is train.optimizer=adamw" rule.jsonl all.jsonl
+train 2 rule.jsonl train.optimizer=adamw "groups=dims=3 role=matrix" || failed "all by rule" "exit code $?"
+same "and back" 2.jsonl rule.jsonl
+train 2 rule.jsonl train.optimizer=adamw "groups=match=* role=elementwise lr=2e-3 lr_schedule=0:1,end:0" ||
+    failed "schedule of a rule" "exit code $?"
+train 2 all.jsonl train.optimizer=adamw adam.lr=2e-3 "lr_schedule=0:1 30:0" || failed "schedule" "exit code $?"
+same "a schedule for all, which ends with the steps" rule.jsonl all.jsonl
+train 2 all.jsonl train.optimizer=adamw adam.lr=2e-3 || failed "no schedule" "exit code $?"
+cmp -s <(field rule.jsonl train_loss) <(field all.jsonl train_loss) && failed "the schedule has no effect" "same losses"
+train 1 frozen.jsonl "groups=match=* role=frozen" || failed "frozen" "exit code $?"
+field frozen.jsonl val_loss | awk 'NR == 1 { a = $2 } $2 != a { bad = 1 } END { exit bad || NR != 3 }' &&
+    passed "frozen does not move" || failed "frozen does not move" "$(field frozen.jsonl val_loss | tr '\n' ' ')"
+train 2 flat.jsonl "groups=dims=3 role=matrix form=flatten" train.steps=4 || failed "flattened" "exit code $?"
+says "row splits go with their form" "matrix              1  1: dims=3 form=flatten"
+
 # refused NAME CODE PATTERN COMMAND...: that exit code, and one line of ours on stderr with the pattern in it
 refused() {
     local name=$1 code=$2 pattern=$3
@@ -115,6 +141,8 @@ refused "out of range" 12 "model.layers" two tiny.yaml model.layers=0
 refused "uneven batch" 12 "train.batch: 7 sequences" two tiny.yaml train.batch=7
 refused "uneven micro-batch" 12 "train.micro_batch" two tiny.yaml train.micro_batch=5
 refused "warm-up only" 12 "train.warmup" two tiny.yaml train.warmup=30
+refused "a bad rule" 12 'groups: rule 1 (dims=1) makes tensor' two tiny.yaml "groups=dims=1 role=matrix"
+refused "an unknown word" 12 'groups: rule 1: unknown word "group"' two tiny.yaml "groups=dims=1 role=matrix group=1"
 refused "width and heads" 12 "multiple of the heads" two tiny.yaml model.heads=3
 refused "no text" 12 "no file matches nothing/*" two tiny.yaml "data.files=nothing/*"
 refused "empty list" 12 "data.files is empty" two nodata.yaml
