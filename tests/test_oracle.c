@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include <math.h>
+#include <string.h>
 #include <stdlib.h>
 #include "oracle_optimizer.h"
 
@@ -24,11 +25,10 @@ static double *numbers(int64_t count) {
 }
 
 /* [low, high] is rounded outward at the fourth digit: both ends have to be met that closely too. */
-static void assert_range(oracle_set set, double low, double high) {
-    oracle_polynomial p = oracle_coefficients(set, 5, 1.0, false);
+static void assert_range(const oracle_polynomial *p, double low, double high) {
     double smallest = INFINITY, largest = -INFINITY;
     for (int i = 0; i <= 1000000; i++) {
-        double out = oracle_polynomial_at(&p, 0.01 + 0.99 * i / 1e6);
+        double out = oracle_polynomial_at(p, 0.01 + 0.99 * i / 1e6);
         smallest = fmin(smallest, out);
         largest = fmax(largest, out);
     }
@@ -36,10 +36,31 @@ static void assert_range(oracle_set set, double low, double high) {
     assert_true(largest <= high && largest > high - 1.01e-4);
 }
 
+/* What docs/algorithms.md says of the sets, from the formula alone. */
 static void test_bounds_of_the_coefficient_sets(void **state) {
     (void)state;
-    assert_range(ORACLE_SIMPLE, 0.6818, 1.1344);
-    assert_range(ORACLE_QUINTIC, 0.9777, 1.0318);
+    static const struct {
+        oracle_set set;
+        int steps;
+        double low, high;
+    } cases[] = {
+        {ORACLE_SIMPLE, 5, 0.6818, 1.1344},
+        {ORACLE_QUINTIC, 5, 0.9777, 1.0318},
+        {ORACLE_POLAR_EXPRESS, 5, 0.8764, 1.1236},
+        {ORACLE_POLAR_EXPRESS_NVIDIA, 8, 0.9999, 1.0001},
+        {ORACLE_CANS, 5, 0.8843, 1.1199},
+        {ORACLE_AOL4, 4, 0.9409, 1.0501},
+        {ORACLE_TURBO, 4, 0.9726, 1.1451},
+        {ORACLE_POLAR_EXPRESS_SPEEDRUN, 5, 0.8588, 1.1412},
+        {ORACLE_DEEPSEEKV4, 10, 0.9999, 1.0006},
+        {ORACLE_CUBIC5, 5, 0.7741, 1.3001},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const oracle_polynomial p = oracle_coefficients(cases[i].set, cases[i].steps, 1.0, false);
+        assert_range(&p, cases[i].low, cases[i].high);
+    }
+    const oracle_polynomial safe = oracle_coefficients_powers(ORACLE_POLAR_EXPRESS, 5, 1.05, false);
+    assert_range(&safe, 0.8460, 1.1236);
 }
 
 static void test_slope_at_zero_is_the_product_of_a(void **state) {
@@ -218,6 +239,91 @@ static void test_momentum_closed_forms(void **state) {
     }
 }
 
+/* With a constant gradient, both forms of the corrected ema are that gradient. */
+static void test_corrected_ema_of_a_constant(void **state) {
+    (void)state;
+    double plain = 0.0, nesterov = 0.0;
+    for (int t = 1; t <= 20; t++) {
+        double u = oracle_momentum_update(ORACLE_EMA_CORRECTED, false, 0.9, t, &plain, 3.0);
+        assert_below(fabs(u - 3.0), 1e-12);
+        u = oracle_momentum_update(ORACLE_EMA_CORRECTED, true, 0.9, t, &nesterov, 3.0);
+        double expected =
+            3.0 * (0.9 * (1.0 - pow(0.9, t)) / (1.0 - pow(0.9, t + 1)) + 0.1 / (1.0 - pow(0.9, t)));
+        assert_below(fabs(u - expected), 1e-12);
+    }
+}
+
+/* Rows (3, 4) and (6, 8) have means of squares 12.5 and 50. From v = 0 with beta2 = 0.5, v is half
+ * of them; the rows become of one length, and the matrix keeps its norm, sqrt(125). */
+static void test_normuon_by_hand(void **state) {
+    (void)state;
+    oracle_preset p = {.variance_beta2 = 0.5, .variance_eps = 1e-12};
+    double u[] = {3, 4, 6, 8}, v[2] = {0, 0};
+    const double length = sqrt(125.0 / 2.0);
+    oracle_normuon(&p, u, 2, 2, v);
+    assert_below(fabs(v[0] - 6.25) + fabs(v[1] - 25.0), 1e-12);
+    for (int i = 0; i < 4; i++)
+        assert_below(fabs(u[i] - (i % 2 ? 0.8 : 0.6) * length), 1e-9);
+
+    /* A floor of 1e6 under v divides by 1000; the norm that is left is below the floor as well. */
+    oracle_preset clamped = {.variance_beta2 = 0.5, .variance_eps = 1e6, .variance_clamped = true};
+    double small[] = {30, 40, 30, 40}, w[2] = {0, 0};
+    oracle_normuon(&clamped, small, 2, 2, w);
+    assert_below(fabs(small[0] - 30.0 / 1e3 * sqrt(5000.0) / 1e6), 1e-12);
+
+    /* Wide with `auto`: a column each; (out, in) and (in, out) are each other's transposes. */
+    oracle_preset automatic = {.variance_auto = true, .variance_beta2 = 0.5, .variance_eps = 1e-12};
+    oracle_preset turned = automatic;
+    turned.in_out = true;
+    double wide[] = {1, 2, 3, 4, 5, 6}, tall[] = {1, 4, 2, 5, 3, 6}, a[6] = {0}, b[6] = {0};
+    oracle_normuon(&automatic, wide, 2, 3, a);
+    oracle_normuon(&turned, tall, 3, 2, b);
+    assert_below(fabs(a[0] - 0.5 * 17.0 / 2.0), 1e-12);
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 3; j++)
+            assert_below(fabs(wide[i * 3 + j] - tall[j * 2 + i]), 1e-12);
+}
+
+static void test_lion_by_hand(void **state) {
+    (void)state;
+    const oracle_preset p = {.adam_beta1 = 0.5, .adam_beta2 = 0.75};
+    double m = 1.0;
+    assert_true(oracle_lion_update(&p, 0.1, &m, -3.0) == -0.1); /* 0.5 - 1.5 */
+    assert_true(m == 0.0);                                      /* 0.75 - 0.75 */
+    assert_true(oracle_lion_update(&p, 0.1, &m, 0.0) == 0.0);
+    assert_true(oracle_lion_update(&p, 0.1, &m, 1e-30) == 0.1);
+}
+
+static void test_norms_by_hand(void **state) {
+    (void)state;
+    /* A = X X^T = [[25, 7], [7, 2]]: rows sum to 32 and 9, F(A)^2 = 625 + 98 + 4 */
+    const double x[] = {3, 4, 1, 1};
+    double aol[4], schatten[4], spectral[] = {0, 3, 0, 0, 0, 2};
+    memcpy(aol, x, sizeof x);
+    memcpy(schatten, x, sizeof x);
+    oracle_normalize(ORACLE_AOL, 1e-7, aol, 2, 2);
+    oracle_normalize(ORACLE_SCHATTEN4, 1e-8, schatten, 2, 2);
+    oracle_normalize(ORACLE_SPECTRAL, 1.0, spectral, 2, 3);
+    for (int i = 0; i < 4; i++) {
+        assert_below(fabs(aol[i] - x[i] / sqrt(i < 2 ? 32.0 : 9.0)), 1e-12);
+        assert_below(fabs(schatten[i] - x[i] / pow(727.0, 0.25)), 1e-12);
+    }
+    assert_below(fabs(spectral[1] - 0.75) + fabs(spectral[5] - 0.5), 1e-12);
+    double square[] = {3, 1, 4, 1}; /* of a square matrix the rows count, not the columns */
+    oracle_normalize(ORACLE_AOL, 1e-7, square, 2, 2);
+    assert_below(fabs(square[0] - 3.0 / sqrt(10.0 + 13.0)), 1e-12);
+}
+
+static void test_rounding(void **state) {
+    (void)state;
+    assert_true(oracle_round(ORACLE_BF16, 1.0 + 0x1p-8) == 1.0);
+    assert_true(oracle_round(ORACLE_BF16, 1.0 + 3 * 0x1p-8) == 1.0 + 0x1p-6);
+    assert_true(oracle_round(ORACLE_FP16, 1.0 + 0x1p-11) == 1.0);
+    assert_true(oracle_round(ORACLE_FP16, 0x1p-25) == 0.0);
+    assert_true(oracle_round(ORACLE_FP16, -3 * 0x1p-25) == -0x1p-23);
+    assert_true(oracle_round(ORACLE_FP32, 1.0 + 0x1p-24) == 1.0);
+}
+
 static void test_adam_closed_forms(void **state) {
     (void)state;
     oracle_preset p = oracle_presets[0];
@@ -283,6 +389,11 @@ int main(void) {
         cmocka_unit_test(test_norm_factors),
         cmocka_unit_test(test_scale_factors),
         cmocka_unit_test(test_momentum_closed_forms),
+        cmocka_unit_test(test_corrected_ema_of_a_constant),
+        cmocka_unit_test(test_normuon_by_hand),
+        cmocka_unit_test(test_lion_by_hand),
+        cmocka_unit_test(test_norms_by_hand),
+        cmocka_unit_test(test_rounding),
         cmocka_unit_test(test_adam_closed_forms),
         cmocka_unit_test(test_step_of_a_scalar),
     };
