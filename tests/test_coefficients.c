@@ -424,6 +424,11 @@ static muonshard_status checked(const settings *s, ns_dtype dtype, error_text *e
     return coefficients_check(s, dtype, q.rows, error);
 }
 
+static double fp32(double x) {
+    const volatile float rounded = (float)x; /* gcc 12 may not round where it vectorises */
+    return (double)rounded;
+}
+
 /* What the rule says, by sampling: a log grid, a dense one near the top, the top. *margin: how far
  * from the other verdict. */
 static bool sampled(const settings *s, ns_dtype dtype, double *margin) {
@@ -437,8 +442,7 @@ static bool sampled(const settings *s, ns_dtype dtype, double *margin) {
                              : top - 0.02 * pow((double)(i - GRID) / GRID, 3.0);
         for (int k = 0; k < q.steps; k++) {
             const double y = x * x;
-            const double f = (double)(float)q.rows[k].a + (double)(float)q.rows[k].b * y +
-                             (double)(float)q.rows[k].c * y * y;
+            const double f = fp32(q.rows[k].a) + fp32(q.rows[k].b) * y + fp32(q.rows[k].c) * y * y;
             least = fmin(least, f);
             x *= f;
             if (least <= 0.0)

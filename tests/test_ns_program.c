@@ -133,13 +133,18 @@ static machine run(const ns_program *p) {
     return v;
 }
 
+static double fp32(double x) {
+    const volatile float rounded = (float)x; /* gcc 12 may not round where it vectorises */
+    return (double)rounded;
+}
+
 /* sigma after the first `steps` steps, with coefficients as a backend gets them. */
 static double polynomial(const settings *s, ns_dtype dtype, int steps, double sigma) {
     coefficient_row rows[NS_MAX_STEPS];
     assert_int_equal(coefficients_rows(s, dtype, rows, NULL), MUONSHARD_OK);
     for (int i = 0; i < steps; i++)
-        sigma = (double)(float)rows[i].a * sigma + (double)(float)rows[i].b * pow(sigma, 3.0) +
-                (double)(float)rows[i].c * pow(sigma, 5.0);
+        sigma = fp32(rows[i].a) * sigma + fp32(rows[i].b) * pow(sigma, 3.0) +
+                fp32(rows[i].c) * pow(sigma, 5.0);
     return sigma;
 }
 

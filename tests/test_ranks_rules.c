@@ -389,11 +389,12 @@ static void test_a_transport_keeps_its_memory(void **state) {
         rig_close(&r);
         if (half_way < 2) {
             assert_int_equal(freed, 0);
-            void *memory[] = {kept.owned,         kept.momentum, kept.pack,          kept.exchange,
-                              kept.zeros,         kept.flat_m,   kept.flat_v,        kept.flat_w,
-                              kept.word,          kept.words,    kept.newton_schulz, kept.totals,
-                              kept.active,        kept.values,   kept.record,        kept.sum_index,
-                              kept.skip_if_absent};
+            void *memory[] = {
+                kept.owned,         kept.momentum,       kept.pack,     kept.exchange, kept.zeros,
+                kept.flat_m,        kept.flat_v,         kept.flat_w,   kept.word,     kept.words,
+                kept.newton_schulz, kept.totals,         kept.active,   kept.values,   kept.record,
+                kept.sum_index,     kept.skip_if_absent, kept.variance, kept.masters,  kept.factors,
+                kept.flat_sent};
             for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++)
                 host->free(NULL, memory[i]);
         } else {

@@ -447,9 +447,10 @@ uint64_t plan_hash(const plan *p) {
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[i];
         const uint64_t facts[] = {
-            w->kind,       w->packed,      (uint64_t)w->rows, (uint64_t)w->cols, w->slot,
-            w->first_slot, w->pack_offset, w->owned_offset,   w->gather_offset,  w->dtype,
-            w->wire,       w->sent,        w->factor_offset};
+            w->kind,          w->packed,          (uint64_t)w->rows, (uint64_t)w->cols,
+            w->slot,          w->first_slot,      w->pack_offset,    w->owned_offset,
+            w->gather_offset, (uint64_t)w->dtype, (uint64_t)w->wire, (uint64_t)w->sent,
+            w->factor_offset};
         h = XXH64(facts, sizeof facts, h);
     }
     for (size_t i = 0; i < p->bucket_count; i++) {
