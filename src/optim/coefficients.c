@@ -305,12 +305,6 @@ static double to_fp32(double x) {
     return (double)narrow;
 }
 
-/* volatile: gcc 12 at -O2 drops the rounding of neighbours in a struct. */
-static double rounded_to_fp32(double x) {
-    const volatile float rounded = (float)x;
-    return (double)rounded;
-}
-
 /* Exact, not sampled: a continuous image of an interval is the interval between its extremes. */
 muonshard_status coefficients_check(const settings *s, ns_dtype dtype, const coefficient_row *rows,
                                     error_text *error) {
