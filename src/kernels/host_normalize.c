@@ -47,7 +47,7 @@ static space space_of(const ns_instruction *op, double *workspace, size_t m) {
     if (op->norm != NS_NORM_SPECTRAL)
         return s;
     s.eigen = s.panel + m * PANEL;
-    s.ints = (int *)(s.eigen + m * (1 + LAPACK_DOUBLES));
+    s.ints = (int *)(void *)(s.eigen + m * (1 + LAPACK_DOUBLES));
     return s;
 }
 

@@ -187,21 +187,21 @@ static muonshard_status prepare(muonshard_optimizer *o) {
 /* ---- fp32 copies of 16-bit parameters ---- */
 
 static muonshard_status fill_masters(muonshard_optimizer *o) {
-    size_t count = 0;
+    size_t filled = 0;
     for (size_t b = 0; b < o->plan.batch_count; b++) {
         for (size_t i = 0; i < o->batches[b].apply_count; i++) {
             const apply_item *a = &o->batches[b].apply[i];
             if (a->master)
-                o->converts[count++] = (convert_item){.dst = a->master,
-                                                      .dst_dtype = MUONSHARD_FP32,
-                                                      .src = a->w,
-                                                      .src_dtype = a->w_dtype,
-                                                      .count = (size_t)(a->rows * a->cols)};
+                o->converts[filled++] = (convert_item){.dst = a->master,
+                                                       .dst_dtype = MUONSHARD_FP32,
+                                                       .src = a->w,
+                                                       .src_dtype = a->w_dtype,
+                                                       .count = (size_t)(a->rows * a->cols)};
         }
     }
-    count += work_load_flat(o, o->converts + count, true);
+    filled += work_load_flat(o, o->converts + filled, true);
     const muonshard_status status =
-        o->backend->ops->convert(o->backend, NULL, o->converts, count, STREAM_COMPUTE);
+        o->backend->ops->convert(o->backend, NULL, o->converts, filled, STREAM_COMPUTE);
     FAIL_IF(status, &o->error, status, "%s", o->backend->error.text);
     return MUONSHARD_OK;
 }

@@ -304,11 +304,11 @@ static muonshard_status run_apply(muonshard_optimizer *o, const op *operation) {
                                                         work->store_count, STREAM_COMPUTE));
     const wave *flat = &p->waves[b->first];
     const char *gathered = o->memory.exchange + flat->gather_offset;
-    size_t count = 0;
+    size_t filled = 0;
     for (size_t i = 0; i < o->registry.tensor_count; i++) {
         const tensor *t = &o->registry.tensors[i];
         if (t->role == MUONSHARD_ROLE_ELEMENTWISE)
-            o->converts[count++] =
+            o->converts[filled++] =
                 (convert_item){.dst = t->param,
                                .dst_dtype = t->dtype,
                                .src = gathered + p->flat_offset[i] * dtype_size(flat->sent),
@@ -316,7 +316,7 @@ static muonshard_status run_apply(muonshard_optimizer *o, const op *operation) {
                                .count = t->elements,
                                .tensor = (int)i};
     }
-    return run_converts(o, &c, count);
+    return run_converts(o, &c, filled);
 }
 
 /* ---- collectives ---- */

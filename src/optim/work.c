@@ -177,18 +177,18 @@ size_t work_adam_first(const muonshard_optimizer *o, const adam_item *a) {
 }
 
 size_t work_load_flat(const muonshard_optimizer *o, convert_item *items, bool masters) {
-    size_t count = 0;
+    size_t filled = 0;
     for (size_t i = 0; i < o->adam_count; i++) {
         const adam_item *a = &o->adam[i];
         const tensor *t = &o->registry.tensors[a->tensor];
         if ((registry_master(o->settings, t->dtype) != MASTER_NONE) == masters)
-            items[count++] = (convert_item){.dst = a->w,
-                                            .dst_dtype = MUONSHARD_FP32,
-                                            .src = tensor_param_at(t, work_adam_first(o, a)),
-                                            .src_dtype = t->dtype,
-                                            .count = a->count};
+            items[filled++] = (convert_item){.dst = a->w,
+                                             .dst_dtype = MUONSHARD_FP32,
+                                             .src = tensor_param_at(t, work_adam_first(o, a)),
+                                             .src_dtype = t->dtype,
+                                             .count = a->count};
     }
-    return count;
+    return filled;
 }
 
 /* ---- buckets and collectives ---- */
