@@ -79,7 +79,8 @@ static muonshard_status load(planner *p, const char *path, const command_args *a
         return message_fail(message, status, "%s", muonshard_config_last_error(p->config));
     p->settings = config_settings(p->config);
     error_text error;
-    status = backend_open_host(&p->host, &error);
+    status =
+        backend_open_host((host_options){.isa = host_isa_detect(), .threads = 1}, &p->host, &error);
     if (status != MUONSHARD_OK)
         return message_fail(message, status, "%s", error.text);
     status = model_file_parse(&p->model, message);

@@ -208,6 +208,11 @@ const muonshard_param settings_table[] = {
 
     CHOICE("backend", backend, "auto", "auto|host|cuda",
            "Who computes; auto: cuda where it can be had, else host."),
+    INT("threads", threads, "0", 0, 4096,
+        "Threads of a rank on the host, a matrix each; 0: the cores the rank may run on, divided "
+        "among the ranks that may run on them."),
+    CHOICE("instructions", instructions, "auto", "auto|portable|avx2|avx512|avx512_bf16",
+           "Instructions of the host's kernels; auto: the best that every rank has."),
     INT("bucket_bytes", bucket_bytes, "26214400", 1, 1099511627776.0,
         "Bytes of gradient a rank sends in one reduce-scatter group; at least one wave."),
     INT("batch_bytes", batch_bytes, "33554432", 1, 1099511627776.0,

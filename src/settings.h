@@ -109,7 +109,9 @@ typedef struct settings {
     int64_t seed;           /* of stochastic rounding */
     int64_t check_replicas; /* every N steps; 0: off */
     /* the machine */
-    int backend; /* backend_choice */
+    int backend;      /* backend_choice */
+    int64_t threads;  /* 0: auto */
+    int instructions; /* 0: auto, else 1 + host_isa */
     int64_t
         bucket_bytes; /* of gradient a rank sends in one reduce-scatter group; at least one wave */
     int64_t batch_bytes; /* of updates a rank owns in one Newton-Schulz batch; at least one wave */

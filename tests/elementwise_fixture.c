@@ -12,7 +12,7 @@ backend *host;
 
 int open_host(void **state) {
     (void)state;
-    return backend_open_host(&host, NULL);
+    return backend_open_host((host_options){.isa = host_isa_detect(), .threads = 2}, &host, NULL);
 }
 
 int close_host(void **state) {

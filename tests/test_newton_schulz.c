@@ -164,7 +164,9 @@ static void test_skip_leaves_the_matrix(void **state) {
     (void)state;
     backend *host = NULL;
     error_text error;
-    assert_int_equal(backend_open_host(&host, &error), MUONSHARD_OK);
+    assert_int_equal(
+        backend_open_host((host_options){.isa = host_isa_detect(), .threads = 2}, &host, &error),
+        MUONSHARD_OK);
     const ns_program program = program_of(0, 3, 4);
     float u[12] = {1, 2, 3}, before[12];
     memcpy(before, u, sizeof u);

@@ -25,8 +25,8 @@ muonshard_status backend_open_cuda(backend **out, error_text *error) {
                 CUDA_LIBRARY, abi, PLUGIN_ABI);
 }
 
-muonshard_status backend_open(backend_choice choice, backend **out, error_text *error, char *why,
-                              size_t why_size) {
+muonshard_status backend_open(backend_choice choice, host_options host, backend **out,
+                              error_text *error, char *why, size_t why_size) {
     *out = NULL;
     if (choice == BACKEND_CUDA) {
         TRY(backend_open_cuda(out, error));
@@ -38,11 +38,10 @@ muonshard_status backend_open(backend_choice choice, backend **out, error_text *
         snprintf(why, why_size, "backend: cuda");
         return MUONSHARD_OK;
     }
-    TRY(backend_open_host(out, error));
-    if (choice == BACKEND_HOST)
-        snprintf(why, why_size, "backend: host, as configured");
-    else
-        snprintf(why, why_size, "backend: host (%s)", cuda.text);
+    TRY(backend_open_host(host, out, error));
+    snprintf(why, why_size, "backend: host, %s kernels, %d thread%s a rank (%s)",
+             host_isa_name(host.isa), host.threads, host.threads == 1 ? "" : "s",
+             choice == BACKEND_HOST ? "as configured" : cuda.text);
     return MUONSHARD_OK;
 }
 
@@ -60,10 +59,11 @@ size_t muonshard_info(char *text, size_t size) {
     const int length =
         snprintf(text, size,
                  "muonshard %d.%d.%d\n"
-                 "backend host: fp32, tf32, bf16, fp16, OpenBLAS\n"
+                 "backend host: fp32, tf32, bf16, fp16; %s kernels, OpenBLAS\n"
                  "%s%s\n"
                  "communicators: self, callbacks, mpi\n",
                  MUONSHARD_VERSION_MAJOR, MUONSHARD_VERSION_MINOR, MUONSHARD_VERSION_PATCH,
+                 host_isa_name(host_isa_detect()),
                  status ? "not available: " : "backend cuda: available", status ? why.text : "");
     return length < 0 ? 0 : (size_t)length;
 }

@@ -12,6 +12,17 @@
 #include "status.h"
 #include "kernels/program.h"
 
+/* Instruction sets of the host, from worst to best: a better one can do whatever those before can.
+ * All but the first give the same bits, the first too where the build's baseline has fused
+ * multiply-add. */
+typedef enum host_isa {
+    HOST_PORTABLE,
+    HOST_AVX2, /* with FMA and F16C */
+    HOST_AVX512,
+    HOST_AVX512_BF16,
+    HOST_ISA_COUNT
+} host_isa;
+
 typedef enum backend_stream { STREAM_COMPUTE, STREAM_COMM, STREAM_COUNT } backend_stream;
 
 /* What all ranks agreed on for this step. Backend memory; written by `resolve`. */
@@ -211,8 +222,7 @@ typedef struct backend backend;
 
 typedef struct backend_ops {
     const char *name;
-    bool batched; /* wants all matrices of a batch in one call of orthogonalize; if not,
-                     communication is tested between */
+    bool batched; /* wants all matrices of a batch in one call of orthogonalize */
     /* Zeroed memory. */
     muonshard_status (*alloc)(backend *self, void **memory, size_t bytes);
     void (*free)(backend *self, void *memory);
@@ -254,18 +264,36 @@ typedef struct backend_ops {
 struct backend {
     const backend_ops *ops;
     void *impl;
+    int threads; /* matrices that are worked on at a time, unless all of a batch are */
     error_text error;
 };
 
+/* Matrices of a batch that one call of orthogonalize gets; between calls communication is tested.
+ */
+static inline size_t backend_at_once(const backend *self, size_t matrices) {
+    const size_t threads = (size_t)self->threads;
+    return self->ops->batched || matrices < threads ? matrices : threads;
+}
+
 typedef enum backend_choice { BACKEND_AUTO, BACKEND_HOST, BACKEND_CUDA } backend_choice;
+
+/* What the host backend works with. */
+typedef struct host_options {
+    host_isa isa;
+    int threads; /* the caller's included */
+} host_options;
+
+/* The best this processor has. */
+host_isa host_isa_detect(void);
+const char *host_isa_name(host_isa isa);
 
 /* `auto` takes CUDA where it can be had; an explicit choice that can't be had is ERR_UNAVAILABLE.
  * `why` says in one line which was taken and why not the other. */
-muonshard_status backend_open(backend_choice choice, backend **out, error_text *error, char *why,
-                              size_t why_size);
+muonshard_status backend_open(backend_choice choice, host_options host, backend **out,
+                              error_text *error, char *why, size_t why_size);
 void backend_close(backend *self);
-/* The host backend; never fails but for memory. */
-muonshard_status backend_open_host(backend **out, error_text *error);
+/* ERR_UNAVAILABLE: this processor has no such instructions; ERR_MEMORY: also for threads. */
+muonshard_status backend_open_host(host_options options, backend **out, error_text *error);
 /* The CUDA plugin, libmuonshard_cuda.so, through its one entry symbol. */
 muonshard_status backend_open_cuda(backend **out, error_text *error);
 

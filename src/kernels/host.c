@@ -126,6 +126,8 @@ static muonshard_status host_fence(backend *self, backend_stream from, backend_s
 }
 
 static void host_destroy(backend *self) {
+    host_threads_close(host_of(self)->threads);
+    free(self->impl);
     free(self);
 }
 
@@ -149,10 +151,25 @@ static const backend_ops host_ops = {
     .destroy = host_destroy,
 };
 
-muonshard_status backend_open_host(backend **out, error_text *error) {
+muonshard_status backend_open_host(host_options options, backend **out, error_text *error) {
+    *out = NULL;
+    FAIL_IF(options.isa > host_isa_detect(), error, MUONSHARD_ERR_UNAVAILABLE,
+            "instructions: %s is more than this processor has, which is %s",
+            host_isa_name(options.isa), host_isa_name(host_isa_detect()));
     backend *self = calloc(1, sizeof *self);
-    *out = self;
-    FAIL_IF(!self, error, MUONSHARD_ERR_MEMORY, "out of memory");
+    host *impl = calloc(1, sizeof *impl);
+    muonshard_status status = self && impl
+                                  ? host_threads_open(options.threads, &impl->threads, error)
+                                  : fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
+    if (status) {
+        free(self);
+        free(impl);
+        return status;
+    }
+    impl->isa = options.isa;
     self->ops = &host_ops;
+    self->impl = impl;
+    self->threads = host_threads_count(impl->threads);
+    *out = self;
     return MUONSHARD_OK;
 }

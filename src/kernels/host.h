@@ -3,6 +3,16 @@
 #define HOST_H
 
 #include "kernels/backend.h"
+#include "kernels/host_threads.h"
+
+typedef struct host {
+    host_isa isa;
+    host_threads *threads; /* own; NULL: the caller's only */
+} host;
+
+static inline host *host_of(const backend *self) {
+    return self->impl;
+}
 
 size_t host_orthogonalize_workspace(backend *self, const ns_program *program, int64_t m, int64_t n,
                                     size_t count);
@@ -10,11 +20,11 @@ muonshard_status host_orthogonalize(backend *self, const step_record *record,
                                     const ns_program *program, int64_t m, int64_t n,
                                     const orthogonalize_item *items, size_t count, void *workspace);
 
-/* X [m, n] = X / norm(X) as op->norm and op->eps say; the lower triangle of a [m, m] = X X^T of the
- * outcome, unless `a` is NULL. The workspace is aligned for fp64. */
+/* X [m, n] = X / norm(X) as op->norm and op->eps say; a [m, m] = X X^T of the outcome, unless `a`
+ * is NULL. The workspace is aligned for fp64. */
 size_t host_normalize_workspace(const ns_instruction *op, size_t m);
-muonshard_status host_normalize(backend *self, const ns_instruction *op, float *x, float *a,
-                                size_t m, size_t n, void *workspace);
+muonshard_status host_normalize(const ns_instruction *op, float *x, float *a, size_t m, size_t n,
+                                void *workspace, error_text *error);
 
 /* Sum of x^2 in fp64, in an order that depends on count alone. */
 double host_sum_squares(const float *x, size_t count);

@@ -63,7 +63,8 @@ static void gram(space s, const float *x, size_t m, size_t n) {
 }
 
 /* Of the Gram matrix, which is destroyed; an infinite or NaN X has a sigma like it. */
-static muonshard_status largest_singular_value(backend *self, space s, size_t m, double *sigma) {
+static muonshard_status largest_singular_value(space s, size_t m, double *sigma,
+                                               error_text *error) {
     double trace = 0.0;
     for (size_t i = 0; i < m; i++)
         trace += s.gram[i * m + i];
@@ -76,7 +77,7 @@ static muonshard_status largest_singular_value(backend *self, space s, size_t m,
     int found, no_support[2], info;
     dsyevr_("N", "I", "U", &n, s.gram, &n, &unused, &unused, &n, &n, &abstol, &found, values,
             &no_vectors, &one, no_support, values + m, &lwork, s.ints, &liwork, &info, 1, 1, 1);
-    FAIL_IF(info != 0, &self->error, MUONSHARD_ERR_INTERNAL,
+    FAIL_IF(info != 0, error, MUONSHARD_ERR_INTERNAL,
             "the largest singular value of a %d-row matrix: LAPACK's dsyevr fails with %d", n,
             info);
     *sigma = sqrt(fmax(values[0], 0.0));
@@ -109,8 +110,8 @@ static double inverse(double divisor) {
     return divisor == 0.0 ? 0.0 : 1.0 / divisor;
 }
 
-static muonshard_status factors(backend *self, const ns_instruction *op, const float *x, size_t m,
-                                size_t n, space s) {
+static muonshard_status factors(const ns_instruction *op, const float *x, size_t m, size_t n,
+                                space s, error_text *error) {
     const double eps = op->eps, frobenius = sqrt(host_sum_squares(x, m * n));
     double divisor = 0.0, sigma;
     switch (op->norm) {
@@ -124,7 +125,7 @@ static muonshard_status factors(backend *self, const ns_instruction *op, const f
         return MUONSHARD_OK;
     case NS_NORM_SCHATTEN4: divisor = sqrt(fmax(frobenius_of_symmetric(s.gram, m), eps)); break;
     case NS_NORM_SPECTRAL:
-        TRY(largest_singular_value(self, s, m, &sigma));
+        TRY(largest_singular_value(s, m, &sigma, error));
         divisor = sigma + eps;
         break;
     }
@@ -133,17 +134,17 @@ static muonshard_status factors(backend *self, const ns_instruction *op, const f
     return MUONSHARD_OK;
 }
 
-muonshard_status host_normalize(backend *self, const ns_instruction *op, float *x, float *a,
-                                size_t m, size_t n, void *workspace) {
+muonshard_status host_normalize(const ns_instruction *op, float *x, float *a, size_t m, size_t n,
+                                void *workspace, error_text *error) {
     const space s = space_of(op, workspace, m);
     if (needs_gram(op))
         gram(s, x, m, n);
-    TRY(factors(self, op, x, m, n, s));
+    TRY(factors(op, x, m, n, s, error));
     if (a && op->norm == NS_NORM_SPECTRAL)
         gram(s, x, m, n);
     for (size_t i = 0; a && i < m; i++)
         for (size_t j = 0; j <= i; j++)
-            a[i * m + j] = (float)(s.factor[i] * s.gram[i * m + j] * s.factor[j]);
+            a[i * m + j] = a[j * m + i] = (float)(s.factor[i] * s.gram[i * m + j] * s.factor[j]);
     for (size_t i = 0; i < m; i++)
         for (size_t j = 0; j < n; j++)
             x[i * n + j] = (float)((double)x[i * n + j] * s.factor[i]);

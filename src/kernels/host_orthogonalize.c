@@ -1,115 +1,72 @@
-/* host_orthogonalize.c - runs a Newton-Schulz program through OpenBLAS, one matrix after the other.
- * Every call sees the same shapes in the same order whatever else a rank owns, so that bits depend
- * on the matrix alone. Buffers are fp32 whatever the program works in: of bf16 and fp16 they hold
- * numbers that are rounded already, and OpenBLAS accumulates their products in fp32. */
-#include <cblas.h>
+/* host_orthogonalize.c - runs a Newton-Schulz program, a matrix a thread. Bits depend on the matrix
+ * alone. Buffers are fp32 whatever the program works in: of bf16 and fp16 they hold numbers that
+ * are rounded already. */
+#include <stdatomic.h>
 #include <string.h>
 
 #include "kernels/host.h"
+#include "kernels/host_product.h"
 
 #define ALIGNMENT 64
-#define TILE      32  /* of transpositions */
-#define PANEL     128 /* rows of a commuting product that are computed at once */
 
 typedef struct buffers {
     size_t m, n;
     const ns_program *program;
+    host_isa isa;
     void *normalize;            /* workspace of host_normalize */
     float *at[NS_BUFFER_COUNT]; /* X, Y [m, n]; as many of A, B, C, D [m, m] as are used */
-    float *wide, *square;       /* [m, n], [m, m]: operands rounded to tf32 */
+    void *product;              /* workspace of host_product */
 } buffers;
 
+static bool is_wide(ns_buffer b) {
+    return b == NS_X || b == NS_Y;
+}
+
 static size_t columns(const buffers *s, ns_buffer b) {
-    return b == NS_X || b == NS_Y ? s->n : s->m;
+    return is_wide(b) ? s->n : s->m;
 }
 
-/* out [cols, rows] = transpose of in [rows, cols] */
-static void transpose(float *restrict out, const float *restrict in, size_t rows, size_t cols) {
-    for (size_t i0 = 0; i0 < rows; i0 += TILE)
-        for (size_t j0 = 0; j0 < cols; j0 += TILE)
-            for (size_t i = i0; i < rows && i < i0 + TILE; i++)
-                for (size_t j = j0; j < cols && j < j0 + TILE; j++)
-                    out[j * rows + i] = in[i * cols + j];
-}
-
-/* The lower triangle of x [m, m] into the upper one. */
-static void mirror(float *x, size_t m) {
-    for (size_t i0 = 0; i0 < m; i0 += TILE)
-        for (size_t j0 = 0; j0 <= i0; j0 += TILE)
-            for (size_t i = i0; i < m && i < i0 + TILE; i++)
-                for (size_t j = j0; j < i && j < j0 + TILE; j++)
-                    x[j * m + i] = x[i * m + j];
+static void transpose(float *out, const float *in, size_t rows, size_t cols) {
+    host_turn((uint32_t *)(void *)out, rows, (const uint32_t *)(const void *)in, cols, rows, cols);
 }
 
 /* ---- instructions ---- */
-
-/* A buffer as it enters a product. */
-static const float *operand(const buffers *s, ns_buffer b, float *rounded) {
-    const float *x = s->at[b];
-    if (s->program->dtype != NS_TF32)
-        return x;
-    const size_t count = s->m * columns(s, b);
-    for (size_t i = 0; i < count; i++)
-        rounded[i] = dtype_round_tf32(x[i]);
-    return rounded;
-}
 
 /* As it is stored: the one rounding of a result. */
 static void finish(const buffers *s, ns_buffer dst) {
     dtype_round(s->at[dst], ns_program_output(s->program), s->m * columns(s, dst));
 }
 
-static muonshard_status normalize(backend *self, const buffers *s, const ns_instruction *op) {
+static muonshard_status normalize(const buffers *s, const ns_instruction *op, error_text *error) {
     float *a = op->a == NS_NONE ? NULL : s->at[op->a];
-    TRY(host_normalize(self, op, s->at[op->dst], a, s->m, s->n, s->normalize));
+    TRY(host_normalize(op, s->at[op->dst], a, s->m, s->n, s->normalize, error));
     finish(s, op->dst);
-    if (a) {
-        mirror(a, s->m);
+    if (a)
         finish(s, op->a);
-    }
     return MUONSHARD_OK;
 }
 
-/* dst = c, where the product that follows adds to it; what it multiplies dst by. */
-static float preload(const buffers *s, const ns_instruction *op) {
-    if (op->c == NS_NONE)
-        return 0.0F;
-    if (op->c != op->dst)
-        memcpy(s->at[op->dst], s->at[op->c], s->m * columns(s, op->dst) * sizeof(float));
-    return op->beta;
+/* Square matrices are symmetric, which saves turning them. */
+static product product_of(const buffers *s, const ns_instruction *op) {
+    const bool square = op->kind == NS_SYMMETRIC_PRODUCT;
+    const ns_buffer b = square ? op->a : op->b;
+    return (product){.dtype = s->program->dtype,
+                     .rows = s->m,
+                     .cols = square ? s->m : columns(s, b),
+                     .depth = columns(s, op->a),
+                     .a = {s->at[op->a], !is_wide(op->a)},
+                     .b = {s->at[b], !square || !is_wide(b)},
+                     .square = square,
+                     .symmetric = op->kind != NS_PRODUCT,
+                     .alpha = op->alpha,
+                     .beta = op->beta,
+                     .c = op->c == NS_NONE ? NULL : s->at[op->c],
+                     .dst = s->at[op->dst]};
 }
 
-static void symmetric_product(const buffers *s, const ns_instruction *op) {
-    const int m = (int)s->m, k = (int)columns(s, op->a);
-    const float beta = preload(s, op);
-    cblas_ssyrk(CblasRowMajor, CblasLower, CblasNoTrans, m, k, op->alpha,
-                operand(s, op->a, s->wide), k, beta, s->at[op->dst], m);
-    mirror(s->at[op->dst], s->m);
-    finish(s, op->dst);
-}
-
-/* The rows of a panel as far as the diagonal block: the rest is their mirror image. */
-static void commuting_product(const buffers *s, const ns_instruction *op) {
-    const int m = (int)s->m;
-    const float *a = operand(s, op->a, s->square), *b = operand(s, op->b, s->wide);
-    const float beta = preload(s, op);
-    for (int row = 0; row < m; row += PANEL) {
-        const int rows = m - row < PANEL ? m - row : PANEL;
-        const size_t start = (size_t)row * s->m;
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, rows, row + rows, m, op->alpha,
-                    a + start, m, b, m, beta, s->at[op->dst] + start, m);
-    }
-    mirror(s->at[op->dst], s->m);
-    finish(s, op->dst);
-}
-
-static void product(const buffers *s, const ns_instruction *op) {
-    const int m = (int)s->m, n = (int)columns(s, op->b);
-    const float *a = operand(s, op->a, s->square), *b = operand(s, op->b, s->wide);
-    const float beta = preload(s, op);
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, n, m, op->alpha, a, m, b, n, beta,
-                s->at[op->dst], n);
-    finish(s, op->dst);
+static void multiply(const buffers *s, const ns_instruction *op) {
+    const product p = product_of(s, op);
+    host_product(s->isa, &p, s->product);
 }
 
 static void add_identity(const buffers *s, const ns_instruction *op) {
@@ -120,14 +77,14 @@ static void add_identity(const buffers *s, const ns_instruction *op) {
     finish(s, op->dst);
 }
 
-static muonshard_status run(backend *self, const buffers *s) {
+static muonshard_status run(const buffers *s, error_text *error) {
     for (int i = 0; i < s->program->count; i++) {
         const ns_instruction *op = &s->program->code[i];
         switch (op->kind) {
-        case NS_NORMALIZE: TRY(normalize(self, s, op)); break;
-        case NS_SYMMETRIC_PRODUCT: symmetric_product(s, op); break;
-        case NS_COMMUTING_PRODUCT: commuting_product(s, op); break;
-        case NS_PRODUCT: product(s, op); break;
+        case NS_NORMALIZE: TRY(normalize(s, op, error)); break;
+        case NS_SYMMETRIC_PRODUCT:
+        case NS_COMMUTING_PRODUCT:
+        case NS_PRODUCT: multiply(s, op); break;
         case NS_ADD_IDENTITY: add_identity(s, op); break;
         }
     }
@@ -161,33 +118,59 @@ static void *take(uintptr_t *at, size_t bytes) {
     return start;
 }
 
+static size_t larger(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
 /* The buffers of a program in `workspace`; returns where they end. */
 static uintptr_t lay_out(buffers *s, uintptr_t workspace) {
     const size_t wide = s->m * s->n * sizeof(float), square = s->m * s->m * sizeof(float);
-    size_t normalize_bytes = 0;
+    size_t normalize_bytes = 0, product_bytes = 0;
     for (int i = 0; i < s->program->count; i++) {
         const ns_instruction *op = &s->program->code[i];
-        const size_t bytes = op->kind == NS_NORMALIZE ? host_normalize_workspace(op, s->m) : 0;
-        normalize_bytes = bytes > normalize_bytes ? bytes : normalize_bytes;
+        if (op->kind == NS_NORMALIZE) {
+            normalize_bytes = larger(normalize_bytes, host_normalize_workspace(op, s->m));
+        } else if (op->kind != NS_ADD_IDENTITY) {
+            const product p = product_of(s, op);
+            product_bytes = larger(product_bytes, host_product_workspace(s->isa, &p));
+        }
     }
     s->normalize = take(&workspace, normalize_bytes);
     s->at[NS_X] = take(&workspace, wide);
     s->at[NS_Y] = take(&workspace, wide);
     for (int i = 0; i < s->program->squares; i++)
         s->at[NS_A + i] = take(&workspace, square);
-    if (s->program->dtype == NS_TF32) {
-        s->wide = take(&workspace, wide);
-        s->square = take(&workspace, square);
-    }
+    s->product = take(&workspace, product_bytes);
     return workspace;
 }
 
 size_t host_orthogonalize_workspace(backend *self, const ns_program *program, int64_t m, int64_t n,
                                     size_t count) {
-    (void)self;
-    (void)count;
-    buffers s = {.m = (size_t)m, .n = (size_t)n, .program = program};
-    return lay_out(&s, 0);
+    buffers s = {.m = (size_t)m, .n = (size_t)n, .program = program, .isa = host_of(self)->isa};
+    return count * lay_out(&s, 0);
+}
+
+typedef struct job {
+    backend *self;
+    buffers shape;
+    const orthogonalize_item *items;
+    uintptr_t workspace;
+    size_t bytes; /* of it, a matrix */
+    atomic_int status;
+} job;
+
+static void orthogonalize(void *user, size_t index, int thread) {
+    (void)thread;
+    job *j = user;
+    buffers s = j->shape;
+    error_text error;
+    lay_out(&s, j->workspace + index * j->bytes);
+    read_item(&s, &j->items[index]);
+    const muonshard_status status = run(&s, &error);
+    int none = MUONSHARD_OK;
+    if (status && atomic_compare_exchange_strong(&j->status, &none, status))
+        j->self->error = error;
+    write_item(&s, &j->items[index]);
 }
 
 muonshard_status host_orthogonalize(backend *self, const step_record *record,
@@ -196,12 +179,12 @@ muonshard_status host_orthogonalize(backend *self, const step_record *record,
                                     void *workspace) {
     if (record && record->skip)
         return MUONSHARD_OK;
-    buffers s = {.m = (size_t)m, .n = (size_t)n, .program = program};
-    lay_out(&s, (uintptr_t)workspace);
-    for (size_t i = 0; i < count; i++) {
-        read_item(&s, &items[i]);
-        TRY(run(self, &s));
-        write_item(&s, &items[i]);
-    }
-    return MUONSHARD_OK;
+    job j = {
+        .self = self,
+        .shape = {.m = (size_t)m, .n = (size_t)n, .program = program, .isa = host_of(self)->isa},
+        .items = items,
+        .workspace = (uintptr_t)workspace,
+        .bytes = host_orthogonalize_workspace(self, program, m, n, 1)};
+    host_threads_run(host_of(self)->threads, orthogonalize, &j, count);
+    return (muonshard_status)j.status;
 }

@@ -38,7 +38,7 @@ typedef enum ns_norm {
 
 typedef struct ns_instruction {
     ns_kind kind;
-    ns_buffer dst, a, b, c; /* NS_NONE where unused; dst is none of a, b */
+    ns_buffer dst, a, b, c; /* NS_NONE where unused; dst is none of a, b, c */
     float alpha, beta;
     ns_norm norm; /* NS_NORMALIZE */
     double eps;

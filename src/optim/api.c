@@ -9,6 +9,7 @@
 
 #include "curve.h"
 #include "optim/optimizer.h"
+#include "optim/placement.h"
 
 static const error_text no_handle = {"the handle is NULL"};
 
@@ -18,10 +19,17 @@ const char *muonshard_last_error(const muonshard_optimizer *o) {
 
 /* ---- create ---- */
 
-static muonshard_status open_backend(muonshard_optimizer *o, error_text *error) {
+static muonshard_status open_backend(muonshard_optimizer *o, const placement *at,
+                                     error_text *error) {
+    const settings *s = o->settings;
+    const int share = at->cores / (at->sharing > 0 ? at->sharing : 1);
+    const host_options host = {.isa = s->instructions ? (host_isa)(s->instructions - 1) : at->isa,
+                               .threads = s->threads  ? (int)s->threads
+                                          : share > 0 ? share
+                                                      : 1};
     char why[256] = "";
     const muonshard_status status =
-        backend_open((backend_choice)o->settings->backend, &o->backend, error, why, sizeof why);
+        backend_open((backend_choice)s->backend, host, &o->backend, error, why, sizeof why);
     if (status == MUONSHARD_OK && o->comm->rank == 0)
         comm_log(o->comm, MUONSHARD_LOG_INFO, "%s", why);
     return status;
@@ -54,7 +62,7 @@ static muonshard_status check_values_over_steps(const settings *s, error_text *e
 
 static muonshard_status build(muonshard_optimizer **out, muonshard_comm *comm,
                               const muonshard_config *config, const muonshard_options *options,
-                              error_text *error) {
+                              const placement *at, error_text *error) {
     muonshard_options own = MUONSHARD_OPTIONS_INIT;
     if (options)
         TRY(take_struct(error, &own, sizeof own, options, "options"));
@@ -68,7 +76,7 @@ static muonshard_status build(muonshard_optimizer **out, muonshard_comm *comm,
     o->settings = config_settings(o->config);
     o->stats = (muonshard_stats_info)MUONSHARD_STATS_INIT;
     TRY(check_values_over_steps(o->settings, error));
-    return open_backend(o, error);
+    return open_backend(o, at, error);
 }
 
 /* `auto` may find a device on one rank and none on another. */
@@ -95,8 +103,11 @@ muonshard_status muonshard_create(muonshard_comm *comm, const muonshard_config *
     muonshard_optimizer *o = NULL;
     error_text error = {""};
     comm_mark(comm, 0, "create optimizer");
-    muonshard_status status = out ? build(&o, comm, config, options, &error)
-                                  : fail(&error, MUONSHARD_ERR_ARGUMENT, "optimizer is NULL");
+    placement at;
+    muonshard_status status = placement_find(comm, &at, &error);
+    TRY_GOTO(status, failed);
+    status = out ? build(&o, comm, config, options, &at, &error)
+                 : fail(&error, MUONSHARD_ERR_ARGUMENT, "optimizer is NULL");
     TRY_GOTO(comm_agree(comm, status, &error), failed);
     TRY_GOTO(config_check_equal(o->config, comm, &error), failed);
     TRY_GOTO(check_backends(o, &error), failed);

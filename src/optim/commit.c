@@ -64,7 +64,7 @@ static muonshard_status reserve_workspace(muonshard_optimizer *o) {
     for (size_t b = 0; b < p->batch_count; b++) {
         if (p->batches[b].kind == PLAN_FLAT)
             continue;
-        const size_t count = o->backend->ops->batched ? o->batches[b].owned : 1;
+        const size_t count = backend_at_once(o->backend, o->batches[b].owned);
         const size_t bytes = o->backend->ops->orthogonalize_workspace(
             o->backend, o->batches[b].program, p->batches[b].m, p->batches[b].n, count);
         newton_schulz = bytes > newton_schulz ? bytes : newton_schulz;

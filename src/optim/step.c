@@ -230,11 +230,12 @@ static muonshard_status run_momentum(muonshard_optimizer *o, const op *operation
 static muonshard_status run_orthogonalize(muonshard_optimizer *o, const op *operation) {
     const batch *b = &o->plan.batches[operation->index];
     const batch_work *work = &o->batches[operation->index];
-    const size_t at_once = o->backend->ops->batched ? work->owned : 1;
+    const size_t at_once = backend_at_once(o->backend, work->owned);
     for (size_t i = 0; i < work->owned; i += at_once) {
+        const size_t left = work->owned - i, count = left < at_once ? left : at_once;
         TRY(from_backend(o, o->backend->ops->orthogonalize(
                                 o->backend, o->memory.record, work->program, b->m, b->n,
-                                work->orthogonalize + i, at_once, o->memory.newton_schulz)));
+                                work->orthogonalize + i, count, o->memory.newton_schulz)));
         TRY(step_progress(o));
     }
     if (!o->failed && !o->results[o->step % STEP_RESULTS].skipped)

@@ -1,0 +1,283 @@
+#include "kernels/host_product.h"
+
+#include <string.h>
+
+#include "dtype.h"
+
+enum {
+    CACHE_LINE = 64,
+    GROUP_BYTES = 4,     /* one fp32 or two bf16 */
+    DEPTH_BLOCK = 512,   /* groups of a panel that stay in the first cache */
+    ROWS_BLOCK = 192,    /* packed rows of as many groups that stay in the second */
+    COLUMNS_BLOCK = 384, /* whose results stay in it while the whole depth goes by */
+    STRIP = 16           /* steps of the depth that are turned at once */
+};
+
+/* One side, packed: [panels, groups, kernel->panel]. */
+typedef struct packed {
+    const tile_kernel *kernel;
+    size_t groups; /* of the whole depth */
+    uint32_t *at;
+} packed;
+
+static size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static size_t round_up(size_t n, size_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
+
+static size_t groups_of(const tile_kernel *kernel, size_t depth) {
+    const size_t even = depth + depth % 2;
+    return kernel->format == TILE_FP32         ? depth
+           : kernel->format == TILE_BF16_PAIRS ? even / 2
+                                               : even;
+}
+
+/* ---- packing ---- */
+
+typedef uint32_t four __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* out [4, out_stride] = transpose of in [4, in_stride] */
+static inline void turn_four(uint32_t *out, size_t out_stride, const uint32_t *in,
+                             size_t in_stride) {
+    const four a = *(const four *)in, b = *(const four *)(in + in_stride),
+               c = *(const four *)(in + 2 * in_stride), d = *(const four *)(in + 3 * in_stride);
+    const four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+               ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7),
+               cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5),
+               cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    *(four *)out = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+    *(four *)(out + out_stride) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+    *(four *)(out + 2 * out_stride) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+    *(four *)(out + 3 * out_stride) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+void host_turn(uint32_t *out, size_t out_stride, const uint32_t *in, size_t in_stride, size_t rows,
+               size_t cols) {
+    const size_t whole_rows = rows - rows % 4, whole_cols = cols - cols % 4;
+    for (size_t i = 0; i < whole_rows; i += 4)
+        for (size_t j = 0; j < whole_cols; j += 4)
+            turn_four(out + j * out_stride + i, out_stride, in + i * in_stride + j, in_stride);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = i < whole_rows ? whole_cols : 0; j < cols; j++)
+            out[j * out_stride + i] = in[i * in_stride + j];
+}
+
+/* strip [steps, panel]: steps of the depth from `k`, `width` columns from `side`, zeros after them.
+ */
+static void read_strip(uint32_t *strip, const tile_kernel *kernel, const product *p,
+                       const product_operand *from, size_t sides, size_t side, size_t k,
+                       size_t steps, size_t width) {
+    const size_t panel = kernel->panel;
+    const uint32_t *x = (const uint32_t *)(const void *)from->x;
+    if (width < panel)
+        memset(strip, 0, steps * panel * sizeof *strip);
+    if (from->across)
+        for (size_t i = 0; i < steps; i++)
+            memcpy(strip + i * panel, x + (k + i) * sides + side, width * sizeof *strip);
+    else
+        host_turn(strip, panel, x + side * p->depth + k, p->depth, width, steps);
+    if (p->dtype == NS_TF32) {
+        float *value = (float *)(void *)strip;
+        for (size_t i = 0; i < steps * panel; i++)
+            value[i] = dtype_round_tf32(value[i]);
+    }
+}
+
+/* A strip of fp32 that are bf16 numbers into the panel at its step `k`, by pairs. */
+static void put_pairs(uint32_t *to, const tile_kernel *kernel, const uint32_t *strip, size_t k,
+                      size_t steps) {
+    static const uint32_t zeros[TILE_MAX_COLS];
+    const size_t panel = kernel->panel;
+    for (size_t i = 0; i < steps; i += 2) {
+        const uint32_t *first = strip + i * panel, *second = i + 1 < steps ? first + panel : zeros;
+        if (kernel->format == TILE_BF16_PAIRS) {
+            uint32_t *out = to + (k + i) / 2 * panel;
+            for (size_t j = 0; j < panel; j++)
+                out[j] = first[j] >> 16 | (second[j] & 0xffff0000U);
+        } else {
+            memcpy(to + (k + i) * panel, second, panel * sizeof *to);
+            memcpy(to + (k + i + 1) * panel, first, panel * sizeof *to);
+        }
+    }
+}
+
+/* Sides [first, first + count) of an operand that has `sides`. */
+static void pack(const packed *to, const product *p, const product_operand *from, size_t sides,
+                 size_t first, size_t count) {
+    const tile_kernel *kernel = to->kernel;
+    const bool pairs = kernel->format != TILE_FP32;
+    uint32_t local[STRIP * TILE_MAX_COLS];
+    for (size_t j = 0; j < count; j += kernel->panel) {
+        uint32_t *panel = to->at + j * to->groups;
+        const size_t width = smaller(kernel->panel, count - j);
+        for (size_t k = 0; k < p->depth; k += STRIP) {
+            const size_t steps = smaller(STRIP, p->depth - k);
+            uint32_t *strip = pairs ? local : panel + k * kernel->panel;
+            read_strip(strip, kernel, p, from, sides, first + j, k, steps, width);
+            if (pairs)
+                put_pairs(panel, kernel, strip, k, steps);
+        }
+    }
+}
+
+/* ---- tiles ---- */
+
+typedef struct tile_place {
+    size_t row, col, rows, cols; /* of dst */
+    bool first, last;            /* of the depth */
+} tile_place;
+
+/* Until the last block of the depth dst holds the sums so far. */
+static void begin_tile(float *tile, size_t stride, const product *p, const tile_place *at) {
+    if (at->first)
+        memset(tile, 0, at->rows * stride * sizeof *tile);
+    for (size_t i = 0; i < at->rows && !at->first; i++)
+        memcpy(tile + i * stride, p->dst + (at->row + i) * p->cols + at->col,
+               at->cols * sizeof *tile);
+}
+
+static void round_tile(float *tile, size_t count, ns_dtype dtype) {
+    if (dtype == NS_BF16)
+        dtype_round(tile, MUONSHARD_BF16, count);
+    else if (dtype == NS_FP16)
+        dtype_round(tile, MUONSHARD_FP16, count);
+}
+
+static void scale_tile(float *tile, size_t stride, const product *p, const tile_place *at) {
+    for (size_t i = 0; i < at->rows; i++) {
+        float *restrict row = tile + i * stride;
+        const float *restrict c = p->c ? p->c + (at->row + i) * p->cols + at->col : NULL;
+        if (c)
+            for (size_t j = 0; j < at->cols; j++)
+                row[j] = p->alpha * row[j] + p->beta * c[j];
+        else if (p->alpha != 1.0F)
+            for (size_t j = 0; j < at->cols; j++)
+                row[j] = p->alpha * row[j];
+    }
+    round_tile(tile, at->rows * stride, p->dtype);
+}
+
+/* Symmetric: what lies above the diagonal is not written. */
+static void end_tile(float *tile, size_t stride, const product *p, const tile_place *at) {
+    if (at->last)
+        scale_tile(tile, stride, p, at);
+    for (size_t i = 0; i < at->rows; i++) {
+        const size_t width = p->symmetric ? smaller(at->cols, at->row + i + 1 - at->col) : at->cols;
+        memcpy(p->dst + (at->row + i) * p->cols + at->col, tile + i * stride, width * sizeof *tile);
+    }
+}
+
+/* ---- blocks ---- */
+
+typedef struct block {
+    size_t row, rows, col, cols; /* of dst */
+    size_t group, groups;        /* of the depth */
+    size_t b_col;                /* the column of dst that the first panel of b is of */
+} block;
+
+/* Columns of a tile row that have to be computed: none above the diagonal. */
+static size_t wanted_columns(const product *p, const tile_place *at) {
+    if (!p->symmetric)
+        return at->cols;
+    const size_t end = at->row + at->rows;
+    return end <= at->col ? 0 : smaller(at->cols, end - at->col);
+}
+
+/* The finished tiles of a panel, below each other, to where their transpose belongs. */
+static void mirror(const product *p, const float *tiles, size_t stride, const block *at, size_t col,
+                   size_t cols) {
+    uint32_t *dst = (uint32_t *)(void *)p->dst;
+    const uint32_t *from = (const uint32_t *)(const void *)tiles;
+    size_t above = col + cols > at->row ? smaller(at->rows, col + cols - at->row) : 0;
+    for (size_t i = 0; i < above; i++) /* rows that meet the diagonal */
+        for (size_t j = 0; j < cols && col + j <= at->row + i; j++)
+            dst[(col + j) * p->cols + at->row + i] = from[i * stride + j];
+    host_turn(dst + col * p->cols + at->row + above, p->cols, from + above * stride, stride,
+              at->rows - above, cols);
+}
+
+static void multiply_block(const product *p, const packed *a, const packed *b, const block *at) {
+    const tile_kernel *kernel = a->kernel;
+    const size_t panel = kernel->panel;
+    const bool last = at->group + at->groups == a->groups;
+    _Alignas(CACHE_LINE) float tiles[ROWS_BLOCK * TILE_MAX_COLS]; /* [rows, panel] */
+    for (size_t j = 0; j < at->cols; j += panel) {
+        const size_t col = at->col + j, cols = smaller(panel, at->cols - j);
+        const uint32_t *b_panel = b->at + (col - at->b_col) * b->groups + at->group * panel;
+        for (size_t i = 0; i < at->rows; i += kernel->rows) {
+            float *tile = tiles + i * panel;
+            tile_place place = {.row = at->row + i,
+                                .col = col,
+                                .rows = smaller(kernel->rows, at->rows - i),
+                                .cols = cols,
+                                .first = at->group == 0,
+                                .last = last};
+            place.cols = wanted_columns(p, &place);
+            if (!place.cols)
+                continue;
+            const uint32_t *a_panel = a->at + place.row / panel * panel * a->groups +
+                                      at->group * panel + place.row % panel;
+            begin_tile(tile, panel, p, &place);
+            kernel->multiply(at->groups, a_panel, b_panel,
+                             (int)((place.cols + kernel->vector - 1) / kernel->vector), tile);
+            end_tile(tile, panel, p, &place);
+        }
+        if (p->symmetric && last)
+            mirror(p, tiles, panel, at, col, cols);
+    }
+}
+
+/* Columns [col, col + cols) of dst, of which b holds the panels. */
+static void multiply_columns(const product *p, const packed *a, const packed *b, size_t b_col,
+                             size_t col, size_t cols) {
+    const size_t first_row = p->symmetric ? col : 0;
+    const size_t blocks = (a->groups + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
+    const size_t depth = (a->groups + blocks - 1) / blocks;
+    for (size_t group = 0; group < a->groups; group += depth)
+        for (size_t row = first_row; row < p->rows; row += ROWS_BLOCK)
+            multiply_block(p, a, b,
+                           &(block){.row = row,
+                                    .rows = smaller(ROWS_BLOCK, p->rows - row),
+                                    .col = col,
+                                    .cols = cols,
+                                    .group = group,
+                                    .groups = smaller(depth, a->groups - group),
+                                    .b_col = b_col});
+}
+
+/* ---- products ---- */
+
+static size_t packed_bytes(const tile_kernel *kernel, size_t sides, size_t depth) {
+    return round_up(round_up(sides, kernel->panel) * groups_of(kernel, depth) * GROUP_BYTES,
+                    CACHE_LINE);
+}
+
+size_t host_product_workspace(host_isa isa, const product *p) {
+    const tile_kernel *kernel = tile_kernel_for(isa, p->dtype == NS_BF16);
+    const size_t of_a = packed_bytes(kernel, p->rows, p->depth);
+    return p->square ? of_a
+                     : of_a + packed_bytes(kernel, smaller(p->cols, COLUMNS_BLOCK), p->depth);
+}
+
+void host_product(host_isa isa, const product *p, void *workspace) {
+    const tile_kernel *kernel = tile_kernel_for(isa, p->dtype == NS_BF16);
+    const size_t groups = groups_of(kernel, p->depth);
+    const packed a = {.kernel = kernel, .groups = groups, .at = workspace};
+    const packed b = {.kernel = kernel,
+                      .groups = groups,
+                      .at = (uint32_t *)workspace +
+                            packed_bytes(kernel, p->rows, p->depth) / sizeof(uint32_t)};
+    pack(&a, p, &p->a, p->rows, 0, p->rows);
+    for (size_t col = 0; col < p->cols; col += COLUMNS_BLOCK) {
+        const size_t cols = smaller(COLUMNS_BLOCK, p->cols - col);
+        if (p->square) {
+            multiply_columns(p, &a, &a, 0, col, cols);
+            continue;
+        }
+        pack(&b, p, &p->b, p->cols, col, cols);
+        multiply_columns(p, &a, &b, col, col, cols);
+    }
+}
