@@ -17,6 +17,7 @@ static const subcommand subcommands[] = {
     {"train", command_train, "train a GPT on text files"},
     {"replay", command_replay, "run recorded gradients through the optimizer"},
     {"plan", command_plan, "show who owns what, and the schedule, without running it"},
+    {"bench", command_bench, "time Newton-Schulz, the collectives, or whole steps"},
     {"info", command_info, "versions, backends, libraries"},
 };
 #define SUBCOMMANDS (sizeof subcommands / sizeof subcommands[0])

@@ -21,8 +21,8 @@ src/kernels/*              | include/muonshard.h BASE src/kernels/* SYSTEM
 src/settings.h             | include/muonshard.h BASE SYSTEM src/kernels/backend.h
 src/*                      | include/muonshard.h BASE SYSTEM
 launch/plan.c              | include/* launch/* src/* SYSTEM
-launch/bench*              | include/* launch/* src/* SYSTEM <mpi.h> <cblas.h>
-launch/report*             | include/* launch/* src/* SYSTEM
+launch/bench*              | include/* launch/* src/* SYSTEM <mpi.h> <cblas.h> <jansson.h>
+launch/report*            | include/* launch/* SYSTEM <jansson.h>
 launch/model_file.c        | include/* launch/* src/* SYSTEM <jansson.h>
 launch/gpt/*               | include/muonshard.h launch/gpt/* SYSTEM <cblas.h>
 launch/*                   | include/* launch/* SYSTEM <mpi.h> <cblas.h> <jansson.h>

@@ -157,7 +157,7 @@ muonshard_status backend_open_host(host_options options, backend **out, error_te
             "instructions: %s is more than this processor has, which is %s",
             host_isa_name(options.isa), host_isa_name(host_isa_detect()));
     backend *self = calloc(1, sizeof *self);
-    host *impl = calloc(1, sizeof *impl);
+    host_impl *impl = calloc(1, sizeof *impl);
     muonshard_status status = self && impl
                                   ? host_threads_open(options.threads, &impl->threads, error)
                                   : fail(error, MUONSHARD_ERR_MEMORY, "out of memory");

@@ -5,12 +5,12 @@
 #include "kernels/backend.h"
 #include "kernels/host_threads.h"
 
-typedef struct host {
+typedef struct host_impl {
     host_isa isa;
     host_threads *threads; /* own; NULL: the caller's only */
-} host;
+} host_impl;
 
-static inline host *host_of(const backend *self) {
+static inline host_impl *host_of(const backend *self) {
     return self->impl;
 }
 

@@ -21,15 +21,10 @@ const char *muonshard_last_error(const muonshard_optimizer *o) {
 
 static muonshard_status open_backend(muonshard_optimizer *o, const placement *at,
                                      error_text *error) {
-    const settings *s = o->settings;
-    const int share = at->cores / (at->sharing > 0 ? at->sharing : 1);
-    const host_options host = {.isa = s->instructions ? (host_isa)(s->instructions - 1) : at->isa,
-                               .threads = s->threads  ? (int)s->threads
-                                          : share > 0 ? share
-                                                      : 1};
     char why[256] = "";
     const muonshard_status status =
-        backend_open((backend_choice)s->backend, host, &o->backend, error, why, sizeof why);
+        backend_open((backend_choice)o->settings->backend, placement_options(at, o->settings),
+                     &o->backend, error, why, sizeof why);
     if (status == MUONSHARD_OK && o->comm->rank == 0)
         comm_log(o->comm, MUONSHARD_LOG_INFO, "%s", why);
     return status;

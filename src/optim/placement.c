@@ -39,6 +39,43 @@ static whereabouts own(const muonshard_comm *comm) {
     return w;
 }
 
+static int first_number_in(const char *path, int otherwise) {
+    FILE *file = fopen(path, "r");
+    int number = otherwise;
+    if (file && fscanf(file, "%d", &number) != 1)
+        number = otherwise;
+    if (file)
+        fclose(file);
+    return number;
+}
+
+/* Two hardware threads share the units that multiply: they count once. */
+static int count_cores(const cpu_set_t *set) {
+    int count = 0;
+    for (int i = 0; i < CPU_SETSIZE; i++) {
+        char path[96];
+        if (!CPU_ISSET((size_t)i, set))
+            continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
+                 i);
+        const int first = first_number_in(path, i);
+        count += first == i || first < 0 || first >= CPU_SETSIZE || !CPU_ISSET((size_t)first, set);
+    }
+    return count;
+}
+
+/* A container's share of time, in cores. */
+static int time_share(int otherwise) {
+    FILE *file = fopen("/sys/fs/cgroup/cpu.max", "r");
+    long quota, period;
+    if (file && fscanf(file, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0 &&
+        quota / period < otherwise)
+        otherwise = (int)((quota + period - 1) / period);
+    if (file)
+        fclose(file);
+    return otherwise;
+}
+
 muonshard_status placement_find(muonshard_comm *comm, placement *p, error_text *error) {
     const whereabouts here = own(comm);
     whereabouts *all = calloc((size_t)comm->size, sizeof *all);
@@ -50,7 +87,7 @@ muonshard_status placement_find(muonshard_comm *comm, placement *p, error_text *
         if (status)
             fail(error, status, "%s", comm->error.text);
     }
-    *p = (placement){.cores = CPU_COUNT(&here.cores), .isa = (host_isa)here.isa};
+    *p = (placement){.cores = time_share(count_cores(&here.cores)), .isa = (host_isa)here.isa};
     for (int r = 0; status == MUONSHARD_OK && r < comm->size; r++) {
         cpu_set_t both;
         CPU_AND(&both, &here.cores, &all[r].cores);
@@ -59,4 +96,10 @@ muonshard_status placement_find(muonshard_comm *comm, placement *p, error_text *
     }
     free(all);
     return status;
+}
+
+host_options placement_options(const placement *p, const settings *s) {
+    const int share = p->cores / (p->sharing > 0 ? p->sharing : 1);
+    return (host_options){.isa = s->instructions ? (host_isa)(s->instructions - 1) : p->isa,
+                          .threads = s->threads ? (int)s->threads : share > 0 ? share : 1};
 }

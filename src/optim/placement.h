@@ -4,7 +4,7 @@
 #define PLACEMENT_H
 
 #include "comm/comm.h"
-#include "kernels/backend.h"
+#include "settings.h"
 
 typedef struct placement {
     int cores;    /* this process may run on */
@@ -14,5 +14,7 @@ typedef struct placement {
 
 /* Collective. */
 muonshard_status placement_find(muonshard_comm *comm, placement *p, error_text *error);
+/* With `auto` filled in: the cores, divided among those who share them, and what all ranks have. */
+host_options placement_options(const placement *p, const settings *s);
 
 #endif

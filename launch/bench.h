@@ -1,0 +1,70 @@
+/* bench.h - what the benchmarks share: options, timing over ranks, ceilings of this machine, the
+ * JSON they leave. Conventions are those of nccl-tests: warm-up, several timed runs of which the
+ * slowest rank counts, algorithm and bus bandwidth, #wrong. */
+#ifndef BENCH_H
+#define BENCH_H
+
+#include <jansson.h>
+
+#include "command.h"
+#include "kernels/host.h"
+#include "message.h"
+#include "model_file.h"
+#include "settings.h"
+
+#define BENCH_SCHEMA 1
+
+/* Seconds. */
+typedef struct bench_time {
+    double median, min, max;
+} bench_time;
+
+/* Of one rank with all its threads; all ranks are measured at the same time. */
+typedef struct bench_ceilings {
+    double fp32_flops, bf16_flops; /* of the innermost loop on what is in the first cache */
+    double blas_flops;             /* OpenBLAS's sgemm with as many threads */
+    double triad_bytes;            /* a = b + s c, 12 bytes an element (STREAM) */
+    double memcpy_bytes;           /* read and written */
+} bench_ceilings;
+
+typedef struct bench {
+    command *cmd;
+    const settings *settings;
+    backend *host; /* own */
+    model_file *model; /* step */
+    const char *kind;
+    int iterations, warmup;
+    bool check;
+    double begin, end, factor, step; /* -b, -e, -f, -i; 0: not given */
+    bench_ceilings ceilings;
+    double *seconds; /* own, [iterations] */
+    json_t *rows;    /* own */
+    char message[COMMAND_MESSAGE];
+} bench;
+
+/* One timed run. */
+typedef muonshard_status bench_run(void *user);
+
+/* Runs warm-up and iterations, each after a barrier; of each the slowest rank counts. Collective. */
+muonshard_status bench_measure(bench *b, bench_run *run, void *user, bench_time *time);
+/* All-gathers one byte. */
+muonshard_status bench_barrier(bench *b);
+/* The next size of a sweep after `size`. */
+double bench_next_size(const bench *b, double size);
+muonshard_status bench_ceilings_measure(bench *b);
+
+/* Only rank 0 prints. */
+void bench_print(const bench *b, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* {"median":, "min":, "max":} in microseconds. */
+json_t *bench_time_json(bench_time time);
+/* A number, or null where it is not finite. */
+json_t *bench_number(double value);
+/* Takes `row` over. */
+muonshard_status bench_add_row(bench *b, json_t *row);
+
+/* The kinds. Collective; rows and tables as they come. */
+muonshard_status bench_ns(bench *b, const char *shapes);
+muonshard_status bench_comm(bench *b, const char *op);
+muonshard_status bench_step(bench *b, const char *backward, const char *link);
+
+#endif

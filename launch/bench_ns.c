@@ -1,0 +1,290 @@
+/* bench_ns.c - Newton-Schulz alone: as many matrices as fit, against three plain products a step
+ * through OpenBLAS with as many threads, and against fp64. */
+#include <cblas.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bench.h"
+#include "optim/coefficients.h"
+#include "optim/newton_schulz.h"
+
+typedef struct shape {
+    size_t rows, cols, count; /* count 0: one a thread */
+} shape;
+
+typedef struct ns_case {
+    bench *b;
+    shape s;
+    size_t m, n; /* m <= n */
+    ns_program program;
+    coefficient_row coefficients[NS_MAX_STEPS];
+    float *in, *out;           /* own, [count, rows, cols] */
+    orthogonalize_item *items; /* own, [count] */
+    void *workspace;           /* own */
+    float *x, *y, *a, *p;      /* own: of the plain form */
+} ns_case;
+
+/* ---- what is timed ---- */
+
+static muonshard_status run_ours(void *user) {
+    ns_case *c = user;
+    backend *host = c->b->host;
+    const size_t at_once = backend_at_once(host, c->s.count);
+    for (size_t i = 0; i < c->s.count; i += at_once) {
+        const size_t left = c->s.count - i;
+        const muonshard_status status = host->ops->orthogonalize(
+            host, NULL, &c->program, (int64_t)c->m, (int64_t)c->n, c->items + i,
+            left < at_once ? left : at_once, c->workspace);
+        if (status)
+            return message_fail(c->b->message, status, "%s", host->error.text);
+    }
+    return MUONSHARD_OK;
+}
+
+/* As it is usually written: X / |X|; A = X X^T; B = b A + c A A; X = a X + B X. */
+static muonshard_status run_three_gemm(void *user) {
+    ns_case *c = user;
+    const int m = (int)c->m, n = (int)c->n, steps = (int)c->b->settings->ns_steps;
+    for (size_t k = 0; k < c->s.count; k++) {
+        const float *in = c->in + k * c->m * c->n;
+        float *x = c->x, *y = c->y;
+        const float norm = cblas_snrm2(m * n, in, 1);
+        for (size_t i = 0; i < c->m * c->n; i++)
+            x[i] = in[i] / norm;
+        for (int i = 0; i < steps; i++) {
+            const coefficient_row k3 = c->coefficients[i];
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, m, n, 1.0F, x, n, x, n, 0.0F,
+                        c->a, m);
+            memcpy(c->p, c->a, c->m * c->m * sizeof *c->a);
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, m, m, (float)k3.c, c->a, m,
+                        c->a, m, (float)k3.b, c->p, m);
+            memcpy(y, x, c->m * c->n * sizeof *x);
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, n, m, 1.0F, c->p, m, x, n,
+                        (float)k3.a, y, n);
+            float *swap = x;
+            x = y;
+            y = swap;
+        }
+    }
+    return MUONSHARD_OK;
+}
+
+/* ---- the oracle ---- */
+
+static bool is_frobenius(const settings *s) {
+    return s->norm == NS_NORM_FROBENIUS_ADD || s->norm == NS_NORM_FROBENIUS_MAX ||
+           s->norm == NS_NORM_FROBENIUS_SAFETY;
+}
+
+/* Root mean square of what a dtype may be off, of that of an element; ALGORITHMS' bounds, with the
+ * factor that single elements scatter by in `wrong_elements`. */
+static double tolerance(ns_dtype dtype) {
+    return dtype == NS_FP32 ? 2e-4 : dtype == NS_BF16 ? 0.2 : 0.05;
+}
+
+/* x [m, n] through the standard form in fp64; y [m, n], a, p [m, m] are scratch. */
+static void exact_steps(const ns_case *c, double *x, double *y, double *a, double *p) {
+    const int m = (int)c->m, n = (int)c->n;
+    const size_t count = c->m * c->n;
+    const settings *s = c->b->settings;
+    const double norm = cblas_dnrm2(m * n, x, 1);
+    const double divisor = s->norm == NS_NORM_FROBENIUS_SAFETY ? 1.02 * norm : norm;
+    for (size_t i = 0; i < count; i++)
+        x[i] /= divisor;
+    for (int i = 0; i < (int)s->ns_steps; i++) {
+        const coefficient_row k = c->coefficients[i];
+        cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, m, n, 1.0, x, n, x, n, 0.0, a, m);
+        memcpy(p, a, c->m * c->m * sizeof *a);
+        cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, m, m, k.c, a, m, a, m, k.b, p, m);
+        memcpy(y, x, count * sizeof *x);
+        cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, n, m, 1.0, p, m, x, n, k.a, y, n);
+        memcpy(x, y, count * sizeof *x);
+    }
+}
+
+/* Elements of the first and the last matrix that are further off than six times what they may be in
+ * the mean. */
+static muonshard_status wrong_elements(const ns_case *c, double *wrong) {
+    const size_t count = c->m * c->n;
+    const bool transposed = c->s.rows > c->s.cols;
+    double *x = calloc(2 * count + 2 * c->m * c->m, sizeof *x);
+    float *out = calloc(count, sizeof *out);
+    *wrong = 0.0;
+    if (!x || !out) {
+        free(x);
+        free(out);
+        return message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
+    }
+    const muonshard_dtype dtype = ns_program_output(&c->program);
+    for (size_t k = 0; k < c->s.count; k += c->s.count > 1 ? c->s.count - 1 : 1) {
+        const float *in = c->in + k * count;
+        for (size_t i = 0; i < c->m; i++)
+            for (size_t j = 0; j < c->n; j++)
+                x[i * c->n + j] = transposed ? in[j * c->m + i] : in[i * c->n + j];
+        exact_steps(c, x, x + count, x + 2 * count, x + 2 * count + c->m * c->m);
+        dtype_load(out, c->items[k].out, dtype, count);
+        const double rms = cblas_dnrm2((int)count, x, 1) / sqrt((double)count);
+        for (size_t i = 0; i < c->m; i++)
+            for (size_t j = 0; j < c->n; j++) {
+                const double got = transposed ? out[j * c->m + i] : out[i * c->n + j];
+                *wrong += !(fabs(got - x[i * c->n + j]) <= 6.0 * tolerance(c->program.dtype) * rms);
+            }
+    }
+    free(x);
+    free(out);
+    return MUONSHARD_OK;
+}
+
+/* ---- a row ---- */
+
+static const char *dtype_text(ns_dtype dtype) {
+    static const char *const names[] = {"fp32", "tf32", "bf16", "fp16"};
+    return names[dtype];
+}
+
+static const char *form_text(const ns_program *p) {
+    for (int i = 0; i < p->count; i++)
+        if (p->code[i].kind == NS_COMMUTING_PRODUCT)
+            return "gram";
+    return "standard";
+}
+
+static muonshard_status reserve(ns_case *c) {
+    backend *host = c->b->host;
+    const size_t count = c->m * c->n * c->s.count;
+    c->in = malloc(count * sizeof(float));
+    c->out = malloc(count * sizeof(float));
+    c->items = calloc(c->s.count, sizeof *c->items);
+    c->x = malloc(c->m * c->n * sizeof(float));
+    c->y = malloc(c->m * c->n * sizeof(float));
+    c->a = malloc(c->m * c->m * sizeof(float));
+    c->p = malloc(c->m * c->m * sizeof(float));
+    const size_t bytes = host->ops->orthogonalize_workspace(
+        host, &c->program, (int64_t)c->m, (int64_t)c->n, backend_at_once(host, c->s.count));
+    if (!c->in || !c->out || !c->items || !c->x || !c->y || !c->a || !c->p ||
+        host->ops->alloc(host, &c->workspace, bytes))
+        return message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
+    /* Uniform in [-1, 1): any spectrum takes as long. */
+    uint64_t state = (uint64_t)c->b->cmd->rank + 1;
+    for (size_t i = 0; i < count; i++) {
+        state = state * 6364136223846793005U + 1442695040888963407U;
+        c->in[i] = (float)((double)(state >> 40) / 8388608.0 - 1.0);
+    }
+    const size_t element = dtype_size(ns_program_output(&c->program));
+    for (size_t i = 0; i < c->s.count; i++)
+        c->items[i] = (orthogonalize_item){.u = c->in + i * c->m * c->n,
+                                           .out = (char *)c->out + i * c->m * c->n * element,
+                                           .transposed = c->s.rows > c->s.cols};
+    return MUONSHARD_OK;
+}
+
+static muonshard_status add_row(ns_case *c, bench_time ours, bench_time plain, double wrong) {
+    bench *b = c->b;
+    const double matrices = (double)c->s.count;
+    const double flops = ns_program_flops(&c->program, (int64_t)c->m, (int64_t)c->n) * matrices;
+    const double m = (double)c->m, n = (double)c->n;
+    const double flops_plain = (double)b->settings->ns_steps * (4.0 * m * m * n + 2.0 * m * m * m) *
+                               matrices;
+    const double rate = flops / ours.median;
+    const double share =
+        rate / (c->program.dtype == NS_BF16 ? b->ceilings.bf16_flops : b->ceilings.fp32_flops);
+    bench_print(b, "  %6zu %6zu %5zu  %-5s %-8s %11.1f %11.1f %11.1f %9.1f %6.1f %12.1f %7.2f %8s\n",
+                c->s.rows, c->s.cols, c->s.count, dtype_text(c->program.dtype),
+                form_text(&c->program), 1e6 * ours.median, 1e6 * ours.min, 1e6 * ours.max,
+                1e-9 * rate, 100.0 * share, 1e6 * plain.median, plain.median / ours.median,
+                isnan(wrong) ? "-" : wrong > 0.0 ? "WRONG" : "0");
+    return bench_add_row(
+        b, json_pack("{s:I, s:I, s:I, s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "rows",
+                     (json_int_t)c->s.rows, "cols", (json_int_t)c->s.cols, "count",
+                     (json_int_t)c->s.count, "dtype", dtype_text(c->program.dtype), "form",
+                     form_text(&c->program), "time_us", bench_time_json(ours), "flops_plain",
+                     bench_number(flops_plain), "flops", bench_number(flops), "gflops",
+                     bench_number(1e-9 * rate), "share", bench_number(share), "three_gemm_us",
+                     bench_time_json(plain), "ratio", bench_number(plain.median / ours.median),
+                     "wrong", bench_number(wrong)));
+}
+
+static muonshard_status measure(ns_case *c) {
+    bench *b = c->b;
+    bench_time ours, plain;
+    double wrong = NAN;
+    TRY(bench_measure(b, run_ours, c, &ours));
+    if (b->check && is_frobenius(b->settings))
+        TRY(wrong_elements(c, &wrong));
+    if (!isnan(wrong) && muonshard_comm_allreduce(b->cmd->comm, &wrong, 1, MUONSHARD_REDUCE_SUM))
+        return message_fail(b->message, MUONSHARD_ERR_COMM, "%s",
+                            muonshard_comm_last_error(b->cmd->comm));
+    TRY(bench_measure(b, run_three_gemm, c, &plain));
+    return add_row(c, ours, plain, wrong);
+}
+
+static muonshard_status run_shape(bench *b, shape s) {
+    ns_case c = {.b = b, .s = s};
+    if (!c.s.count)
+        c.s.count = (size_t)b->host->threads;
+    c.m = s.rows < s.cols ? s.rows : s.cols;
+    c.n = s.rows < s.cols ? s.cols : s.rows;
+    error_text error = {""};
+    muonshard_status status = newton_schulz_compile(b->settings, MUONSHARD_FP32, (int64_t)c.m,
+                                                    (int64_t)c.n, &c.program, &error);
+    if (status == MUONSHARD_OK)
+        status = coefficients_rows(b->settings, c.program.dtype, c.coefficients, &error);
+    if (status)
+        return message_fail(b->message, status, "%s", error.text);
+    status = reserve(&c);
+    if (status == MUONSHARD_OK)
+        status = measure(&c);
+    free(c.in);
+    free(c.out);
+    free(c.items);
+    free(c.x);
+    free(c.y);
+    free(c.a);
+    free(c.p);
+    b->host->ops->free(b->host, c.workspace);
+    return status;
+}
+
+/* "768x3072x24" at *at, which moves behind it and a comma. */
+static bool read_shape(const char **at, shape *s) {
+    char *end;
+    *s = (shape){.rows = strtoul(*at, &end, 10)};
+    if (*end != 'x')
+        return false;
+    s->cols = strtoul(end + 1, &end, 10);
+    if (*end == 'x') {
+        s->count = strtoul(end + 1, &end, 10);
+        if (!s->count || s->count > 100000)
+            return false;
+    }
+    if (*end && *end != ',')
+        return false;
+    *at = *end ? end + 1 : end;
+    return s->rows && s->cols && s->rows <= 65536 && s->cols <= 262144;
+}
+
+muonshard_status bench_ns(bench *b, const char *shapes) {
+    bench_print(b, "#\n# %6s %6s %5s  %-5s %-8s %11s %11s %11s %9s %6s %12s %7s %8s\n", "rows",
+                "cols", "count", "dtype", "form", "time", "min", "max", "flop rate", "share",
+                "three gemm", "ratio", "#wrong");
+    bench_print(b, "# %6s %6s %5s  %-5s %-8s %11s %11s %11s %9s %6s %12s\n", "", "", "", "", "",
+                "(us)", "(us)", "(us)", "(GFLOP/s)", "(%)", "(us)");
+    if (b->begin > 0.0 && !shapes) {
+        for (double side = b->begin; side <= fmax(b->begin, b->end);
+             side = bench_next_size(b, side))
+            TRY(run_shape(b, (shape){.rows = (size_t)side, .cols = (size_t)side}));
+        return MUONSHARD_OK;
+    }
+    for (const char *at = shapes ? shapes : "768x768,768x3072,1024x4096"; *at;) {
+        const char *before = at;
+        shape s;
+        if (!read_shape(&at, &s))
+            return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+                                "--shapes: '%s' is not ROWSxCOLS or ROWSxCOLSxCOUNT, separated by "
+                                "commas",
+                                before);
+        TRY(run_shape(b, s));
+    }
+    return MUONSHARD_OK;
+}
