@@ -56,8 +56,7 @@ muonshard_status bench_barrier(bench *b) {
         return message_fail(b->message, MUONSHARD_ERR_MEMORY, "out of memory");
     const muonshard_status status = muonshard_comm_allgather(b->cmd->comm, &byte, all, 1);
     free(all);
-    return status ? message_fail(b->message, status, "%s",
-                                 muonshard_comm_last_error(b->cmd->comm))
+    return status ? message_fail(b->message, status, "%s", muonshard_comm_last_error(b->cmd->comm))
                   : MUONSHARD_OK;
 }
 
@@ -151,12 +150,11 @@ static json_t *machine_json(const bench *b) {
 }
 
 static json_t *ceilings_json(const bench_ceilings *c) {
-    return json_pack("{s:o, s:o, s:o, s:o, s:o}", "gemm_fp32_gflops",
-                     bench_number(1e-9 * c->fp32_flops), "gemm_bf16_gflops",
-                     bench_number(1e-9 * c->bf16_flops), "blas_sgemm_gflops",
-                     bench_number(1e-9 * c->blas_flops), "triad_gbs",
-                     bench_number(1e-9 * c->triad_bytes), "memcpy_gbs",
-                     bench_number(1e-9 * c->memcpy_bytes));
+    return json_pack(
+        "{s:o, s:o, s:o, s:o, s:o}", "gemm_fp32_gflops", bench_number(1e-9 * c->fp32_flops),
+        "gemm_bf16_gflops", bench_number(1e-9 * c->bf16_flops), "blas_sgemm_gflops",
+        bench_number(1e-9 * c->blas_flops), "triad_gbs", bench_number(1e-9 * c->triad_bytes),
+        "memcpy_gbs", bench_number(1e-9 * c->memcpy_bytes));
 }
 
 static muonshard_status write_json(bench *b, const char *path, const char *line) {
@@ -175,10 +173,10 @@ static muonshard_status write_json(bench *b, const char *path, const char *line)
         muonshard_config_dump(b->cmd->config, config, size);
     json_t *root =
         config ? json_pack("{s:i, s:s, s:s, s:s, s:s, s:b, s:o, s:i, s:i, s:i, s:i, s:s, s:o, s:O}",
-                           "schema", BENCH_SCHEMA, "kind", b->kind, "version", version, "date", date,
-                           "command", line, "measured", 1, "machine", machine_json(b), "ranks",
-                           b->cmd->size, "threads", b->host->threads, "iterations", b->iterations,
-                           "warmup", b->warmup, "config", config, "ceilings",
+                           "schema", BENCH_SCHEMA, "kind", b->kind, "version", version, "date",
+                           date, "command", line, "measured", 1, "machine", machine_json(b),
+                           "ranks", b->cmd->size, "threads", b->host->threads, "iterations",
+                           b->iterations, "warmup", b->warmup, "config", config, "ceilings",
                            ceilings_json(&b->ceilings), "rows", b->rows)
                : NULL;
     free(config);
@@ -261,14 +259,13 @@ static muonshard_status read_options(bench *b, const command_args *args) {
         return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
                             "'%s' can't be measured; ns, comm and step can", b->kind);
     if (needs_model != (args->positional_count == 2))
-        return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
-                            needs_model ? "step needs a model file" : "%s takes no further argument",
-                            b->kind);
+        return message_fail(
+            b->message, MUONSHARD_ERR_ARGUMENT,
+            needs_model ? "step needs a model file" : "%s takes no further argument", b->kind);
     b->seconds = calloc((size_t)b->iterations, sizeof *b->seconds);
     b->rows = json_array();
-    return b->seconds && b->rows
-               ? MUONSHARD_OK
-               : message_fail(b->message, MUONSHARD_ERR_MEMORY, "out of memory");
+    return b->seconds && b->rows ? MUONSHARD_OK
+                                 : message_fail(b->message, MUONSHARD_ERR_MEMORY, "out of memory");
 }
 
 static muonshard_status open_host(bench *b) {

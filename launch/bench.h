@@ -30,7 +30,7 @@ typedef struct bench_ceilings {
 typedef struct bench {
     command *cmd;
     const settings *settings;
-    backend *host; /* own */
+    backend *host;     /* own */
     model_file *model; /* step */
     const char *kind;
     int iterations, warmup;
@@ -45,7 +45,8 @@ typedef struct bench {
 /* One timed run. */
 typedef muonshard_status bench_run(void *user);
 
-/* Runs warm-up and iterations, each after a barrier; of each the slowest rank counts. Collective. */
+/* Runs warm-up and iterations, each after a barrier; of each the slowest rank counts. Collective.
+ */
 muonshard_status bench_measure(bench *b, bench_run *run, void *user, bench_time *time);
 /* All-gathers one byte. */
 muonshard_status bench_barrier(bench *b);

@@ -8,9 +8,9 @@
 #include "kernels/host_tile.h"
 
 enum {
-    ROUNDS = 5,              /* of which the best counts */
-    TILE_DEPTH = 256,        /* groups */
-    TILE_RUNS = 4000,        /* some milliseconds */
+    ROUNDS = 5,       /* of which the best counts */
+    TILE_DEPTH = 256, /* groups */
+    TILE_RUNS = 4000, /* some milliseconds */
     BLAS_SIDE = 1024,
     ARRAY_BYTES = 128 << 20, /* beyond every cache */
 };

@@ -33,9 +33,9 @@ static muonshard_status run_ours(void *user) {
     const size_t at_once = backend_at_once(host, c->s.count);
     for (size_t i = 0; i < c->s.count; i += at_once) {
         const size_t left = c->s.count - i;
-        const muonshard_status status = host->ops->orthogonalize(
-            host, NULL, &c->program, (int64_t)c->m, (int64_t)c->n, c->items + i,
-            left < at_once ? left : at_once, c->workspace);
+        const muonshard_status status =
+            host->ops->orthogonalize(host, NULL, &c->program, (int64_t)c->m, (int64_t)c->n,
+                                     c->items + i, left < at_once ? left : at_once, c->workspace);
         if (status)
             return message_fail(c->b->message, status, "%s", host->error.text);
     }
@@ -117,7 +117,7 @@ static muonshard_status wrong_elements(const ns_case *c, double *wrong) {
         return message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
     }
     const muonshard_dtype dtype = ns_program_output(&c->program);
-    for (size_t k = 0; k < c->s.count; k += c->s.count > 1 ? c->s.count - 1 : 1) {
+    for (size_t k = 0; k<c->s.count; k += c->s.count> 1 ? c->s.count - 1 : 1) {
         const float *in = c->in + k * count;
         for (size_t i = 0; i < c->m; i++)
             for (size_t j = 0; j < c->n; j++)
@@ -184,16 +184,19 @@ static muonshard_status add_row(ns_case *c, bench_time ours, bench_time plain, d
     const double matrices = (double)c->s.count;
     const double flops = ns_program_flops(&c->program, (int64_t)c->m, (int64_t)c->n) * matrices;
     const double m = (double)c->m, n = (double)c->n;
-    const double flops_plain = (double)b->settings->ns_steps * (4.0 * m * m * n + 2.0 * m * m * m) *
-                               matrices;
+    const double flops_plain =
+        (double)b->settings->ns_steps * (4.0 * m * m * n + 2.0 * m * m * m) * matrices;
     const double rate = flops / ours.median;
     const double share =
         rate / (c->program.dtype == NS_BF16 ? b->ceilings.bf16_flops : b->ceilings.fp32_flops);
-    bench_print(b, "  %6zu %6zu %5zu  %-5s %-8s %11.1f %11.1f %11.1f %9.1f %6.1f %12.1f %7.2f %8s\n",
+    bench_print(b,
+                "  %6zu %6zu %5zu  %-5s %-8s %11.1f %11.1f %11.1f %9.1f %6.1f %12.1f %7.2f %8s\n",
                 c->s.rows, c->s.cols, c->s.count, dtype_text(c->program.dtype),
                 form_text(&c->program), 1e6 * ours.median, 1e6 * ours.min, 1e6 * ours.max,
                 1e-9 * rate, 100.0 * share, 1e6 * plain.median, plain.median / ours.median,
-                isnan(wrong) ? "-" : wrong > 0.0 ? "WRONG" : "0");
+                isnan(wrong)  ? "-"
+                : wrong > 0.0 ? "WRONG"
+                              : "0");
     return bench_add_row(
         b, json_pack("{s:I, s:I, s:I, s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "rows",
                      (json_int_t)c->s.rows, "cols", (json_int_t)c->s.cols, "count",

@@ -27,16 +27,19 @@ static float plain_element(const void *x, muonshard_dtype dtype, size_t i) {
     return value;
 }
 
-static muonshard_status plain_sum_ranks(backend *self, float *dst, const void *src,
-                                        muonshard_dtype dtype, int ranks, size_t count,
+static muonshard_status plain_sum_ranks(backend *self, const sum_ranks_args *a,
                                         backend_stream stream) {
     (void)self;
     (void)stream;
-    for (size_t i = 0; i < count; i++) {
-        float sum = plain_element(src, dtype, i);
-        for (int r = 1; r < ranks; r++)
-            sum += plain_element(src, dtype, (size_t)r * count + i);
-        dst[i] = sum;
+    for (size_t i = 0; i < a->count; i++) {
+        float sum = 0.0f;
+        for (int r = 0; r < a->ranks; r++) {
+            const float x = r == a->rank
+                                ? plain_element(a->own, a->dtype, i)
+                                : plain_element(a->received, a->dtype, (size_t)r * a->count + i);
+            sum = r > 0 ? sum + x : x;
+        }
+        a->dst[i] = sum;
     }
     return MUONSHARD_OK;
 }
@@ -47,7 +50,12 @@ static muonshard_status plain_convert(backend *self, const kernel_context *conte
                                       backend_stream stream) {
     (void)context;
     for (size_t i = 0; i < count; i++)
-        plain_sum_ranks(self, items[i].dst, items[i].src, items[i].src_dtype, 1, items[i].count,
+        plain_sum_ranks(self,
+                        &(sum_ranks_args){.dst = items[i].dst,
+                                          .own = items[i].src,
+                                          .dtype = items[i].src_dtype,
+                                          .ranks = 1,
+                                          .count = items[i].count},
                         stream);
     return MUONSHARD_OK;
 }

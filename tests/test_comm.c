@@ -462,14 +462,9 @@ static void test_slow_exchange_is_logged(void **state) {
 
 /* ---- a backend that fails ---- */
 
-static muonshard_status failing_sum(backend *self, float *dst, const void *src,
-                                    muonshard_dtype dtype, int ranks, size_t count,
+static muonshard_status failing_sum(backend *self, const sum_ranks_args *args,
                                     backend_stream stream) {
-    (void)dst;
-    (void)src;
-    (void)dtype;
-    (void)ranks;
-    (void)count;
+    (void)args;
     (void)stream;
     snprintf(self->error.text, sizeof self->error.text, "sum is out of order");
     return MUONSHARD_ERR_INTERNAL;

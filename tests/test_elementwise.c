@@ -17,9 +17,21 @@ static void test_sum_ranks(void **state) {
                 const void *src =
                     random_array((muonshard_dtype)dtype, n * (size_t)ranks, -1e3, 1e3);
                 float *sum = guarded(n * sizeof *sum);
-                assert_int_equal(host->ops->sum_ranks(host, sum, src, (muonshard_dtype)dtype, ranks,
-                                                      n, STREAM_COMPUTE),
-                                 MUONSHARD_OK);
+                /* The own slot comes from where it was sent; what was received there is not read.
+                 */
+                const int own = ranks / 2;
+                const size_t slot = n * dtype_size((muonshard_dtype)dtype);
+                char *received = guarded((size_t)ranks * slot);
+                memcpy(received, src, (size_t)ranks * slot);
+                memset(received + (size_t)own * slot, 0xff, slot);
+                const sum_ranks_args args = {.dst = sum,
+                                             .received = received,
+                                             .own = (const char *)src + (size_t)own * slot,
+                                             .dtype = (muonshard_dtype)dtype,
+                                             .ranks = ranks,
+                                             .rank = own,
+                                             .count = n};
+                assert_int_equal(host->ops->sum_ranks(host, &args, STREAM_COMPUTE), MUONSHARD_OK);
                 for (size_t i = 0; i < n; i++) {
                     float want = at(src, (muonshard_dtype)dtype, i);
                     for (int r = 1; r < ranks; r++)

@@ -138,9 +138,16 @@ static muonshard_status sum_in_rank_order(muonshard_comm *comm, const comm_reque
         const comm_part *part = &request->parts[i];
         if (!part->bytes)
             continue;
-        muonshard_status status = request->backend->ops->sum_ranks(
-            request->backend, part->recv, part->scratch, part->dtype, comm->size,
-            part->bytes / dtype_size(part->dtype), request->stream);
+        const sum_ranks_args args = {.dst = part->recv,
+                                     .received = part->scratch,
+                                     .own = (const char *)part->send +
+                                            (size_t)comm->rank * part->bytes,
+                                     .dtype = part->dtype,
+                                     .ranks = comm->size,
+                                     .rank = comm->rank,
+                                     .count = part->bytes / dtype_size(part->dtype)};
+        muonshard_status status =
+            request->backend->ops->sum_ranks(request->backend, &args, request->stream);
         FAIL_IF(status, &comm->error, status, "reduce-scatter, sum over ranks: %s",
                 request->backend->error.text);
     }

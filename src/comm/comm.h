@@ -62,7 +62,8 @@ typedef struct comm_ops {
     bool writes_after_death; /* what never completed may still write to its buffers */
     /* Begins the ticket's request; same order on every rank; never waits for another rank.
      * (callbacks may: it says so.) Without native_reduce_scatter that kind is an exchange into
-     * comm_exchange_target. Failures here and in test go through comm_die. */
+     * comm_exchange_target, where the rank's own slot may be left as it is. Failures here and in
+     * test go through comm_die. */
     muonshard_status (*start)(muonshard_comm *comm, comm_ticket *ticket);
     /* Sets *done when the request's recv buffers are final and its send buffers free. Never waits.
      */

@@ -43,8 +43,8 @@ static muonshard_status mpi_failed(muonshard_comm *comm, const char *what, int c
 
 /* ---- operations ---- */
 
-static mpi_operation *take_operation(mpi_transport *transport, size_t parts) {
-    if (parts > INT_MAX)
+static mpi_operation *take_operation(mpi_transport *transport, size_t count) {
+    if (count > INT_MAX)
         return NULL;
     mpi_operation *operation = transport->free;
     if (!operation) {
@@ -57,16 +57,16 @@ static mpi_operation *take_operation(mpi_transport *transport, size_t parts) {
         transport->free = operation->next_free;
     }
     operation->count = 0;
-    if (operation->capacity >= (int)parts)
+    if (operation->capacity >= (int)count)
         return operation;
-    MPI_Request *requests = realloc(operation->requests, parts * sizeof *requests);
+    MPI_Request *requests = realloc(operation->requests, count * sizeof *requests);
     if (!requests) {
         operation->next_free = transport->free;
         transport->free = operation;
         return NULL;
     }
     operation->requests = requests;
-    operation->capacity = (int)parts;
+    operation->capacity = (int)count;
     return operation;
 }
 
@@ -86,48 +86,67 @@ static int make_large_type(size_t bytes, MPI_Datatype *type) {
     return code != MPI_SUCCESS ? code : MPI_Type_commit(type);
 }
 
-static int start_part(const mpi_transport *transport, const comm_request *request,
-                      const comm_part *part, int count, MPI_Datatype type, MPI_Request *out) {
-    switch (request->kind) {
-    case COMM_EXCHANGE:
-    case COMM_REDUCE_SCATTER:
-        return MPI_Ialltoall(part->send, count, type, comm_exchange_target(request, part), count,
-                             type, transport->comm, out);
-    case COMM_ALL_GATHER:
-        return MPI_Iallgather(part->send, count, type, part->recv, count, type, transport->comm,
-                              out);
-    case COMM_BROADCAST:
-        return MPI_Ibcast(part->recv, count, type, request->root, transport->comm, out);
+/* A message to each of the others and one from each. Those of one pair of ranks match in the order
+ * they are posted in, which is the same on all ranks, so that one tag does. */
+static int post_messages(const mpi_transport *transport, const muonshard_comm *comm,
+                         const comm_request *request, const comm_part *part, int count,
+                         MPI_Datatype type, mpi_operation *operation) {
+    const bool gathers = request->kind == COMM_ALL_GATHER;
+    char *to = gathers ? part->recv : comm_exchange_target(request, part);
+    const char *from = part->send;
+    int code = MPI_SUCCESS;
+    for (int i = 1; i < comm->size && code == MPI_SUCCESS; i++) {
+        const int source = (comm->rank - i + comm->size) % comm->size;
+        code = MPI_Irecv(to + (size_t)source * part->bytes, count, type, source, 0, transport->comm,
+                         &operation->requests[operation->count]);
+        operation->count += code == MPI_SUCCESS;
     }
-    return MPI_ERR_OTHER;
+    for (int i = 1; i < comm->size && code == MPI_SUCCESS; i++) {
+        const int target = (comm->rank + i) % comm->size;
+        code = MPI_Isend(gathers ? from : from + (size_t)target * part->bytes, count, type, target,
+                         0, transport->comm, &operation->requests[operation->count]);
+        operation->count += code == MPI_SUCCESS;
+    }
+    const size_t own = (size_t)comm->rank * part->bytes;
+    if (request->kind != COMM_REDUCE_SCATTER) /* which reads it where it is */
+        memcpy(to + own, gathers ? from : from + own, part->bytes);
+    return code;
+}
+
+static int start_part(const mpi_transport *transport, const muonshard_comm *comm,
+                      const comm_request *request, const comm_part *part, int count,
+                      MPI_Datatype type, mpi_operation *operation) {
+    if (request->kind != COMM_BROADCAST)
+        return post_messages(transport, comm, request, part, count, type, operation);
+    const int code = MPI_Ibcast(part->recv, count, type, request->root, transport->comm,
+                                &operation->requests[operation->count]);
+    operation->count += code == MPI_SUCCESS;
+    return code;
 }
 
 static muonshard_status mpi_start(muonshard_comm *comm, comm_ticket *ticket) {
     mpi_transport *transport = comm->impl;
     const comm_request *request = &ticket->request;
-    mpi_operation *operation = take_operation(transport, request->part_count);
+    const size_t a_part = request->kind == COMM_BROADCAST ? 1 : 2 * ((size_t)comm->size - 1);
+    mpi_operation *operation = take_operation(transport, request->part_count * a_part);
     if (!operation)
         return comm_die(comm, MUONSHARD_ERR_MEMORY, "rank %d of %d (host %s): %s: out of memory",
                         comm->rank, comm->size, comm->host, comm->position.phase);
     ticket->impl = operation;
-    /* The whole buffer has to stay below the limit: MPI libraries multiply counts and ranks in int.
-     */
-    size_t limit = (size_t)COMM_MPI_MAX_COUNT / (size_t)comm->size;
     for (size_t i = 0; i < request->part_count; i++) {
         const comm_part *part = &request->parts[i];
         if (!part->bytes)
             continue;
-        bool large = part->bytes > limit;
+        const bool large = part->bytes > COMM_MPI_MAX_COUNT;
         MPI_Datatype type = MPI_BYTE;
         int code = large ? make_large_type(part->bytes, &type) : MPI_SUCCESS;
         if (code == MPI_SUCCESS)
-            code = start_part(transport, request, part, large ? 1 : (int)part->bytes, type,
-                              &operation->requests[operation->count]);
+            code = start_part(transport, comm, request, part, large ? 1 : (int)part->bytes, type,
+                              operation);
         if (code != MPI_SUCCESS)
             return mpi_failed(comm, "start", code);
-        operation->count++;
         if (large)
-            MPI_Type_free(&type); /* MPI keeps it until the request is done */
+            MPI_Type_free(&type); /* MPI keeps it until the requests are done */
     }
     return MUONSHARD_OK;
 }

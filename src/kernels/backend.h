@@ -89,6 +89,17 @@ typedef struct kernel_context {
     uint64_t seed;
 } kernel_context;
 
+/* dst [count] fp32 = sum over ranks of what each has sent, added in fp32 in rank order, so that
+ * bits don't depend on transport. */
+typedef struct sum_ranks_args {
+    float *dst;
+    const void *received; /* [ranks, count] of dtype, of which slot `rank` is not read */
+    const void *own;      /* [count] of dtype: that slot */
+    muonshard_dtype dtype;
+    int ranks, rank;
+    size_t count;
+} sum_ranks_args;
+
 typedef struct sum_squares_item { /* *out = sum of x^2 in fp64; not finite iff an x is not finite */
     const float *x;
     size_t count;
@@ -233,10 +244,7 @@ typedef struct backend_ops {
      * on skip nor to inactive tensors, and fp32 becomes 16 bits as it says. */
     muonshard_status (*convert)(backend *self, const kernel_context *context,
                                 const convert_item *items, size_t count, backend_stream stream);
-    /* dst [count] fp32 = sum over ranks of src [ranks, count] of `dtype`, added in fp32 in rank
-     * order, so that bits don't depend on transport. */
-    muonshard_status (*sum_ranks)(backend *self, float *dst, const void *src, muonshard_dtype dtype,
-                                  int ranks, size_t count, backend_stream stream);
+    muonshard_status (*sum_ranks)(backend *self, const sum_ranks_args *args, backend_stream stream);
     muonshard_status (*sum_squares)(backend *self, const sum_squares_item *items, size_t count);
     muonshard_status (*resolve)(backend *self, const resolve_args *args);
     muonshard_status (*momentum)(backend *self, const kernel_context *context,

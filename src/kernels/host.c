@@ -1,5 +1,5 @@
 /* host.c - the backend of machines without a GPU: host memory, every call runs to its end. */
-#include "kernels/host.h"
+#include "kernels/host_elementwise.h"
 
 #include <float.h>
 #include <math.h>
@@ -27,13 +27,63 @@ static void host_free(backend *self, void *memory) {
         free(((void **)memory)[-1]);
 }
 
+/* ---- slices ---- */
+
+enum { SMALL = 1 << 16 }; /* elements of all items together: threads would take longer to wake up */
+
+typedef struct slices {
+    host_pass *pass;
+    size_t (*size)(const void *job, size_t item);
+    const void *job;
+    size_t items, count;
+} slices;
+
+static size_t slice_end(size_t size, size_t slice, size_t count) {
+    const size_t blocks = (size + HOST_BLOCK - 1) / HOST_BLOCK;
+    const size_t end = (blocks * (slice + 1) / count) * HOST_BLOCK;
+    return end < size ? end : size;
+}
+
+static void run_slice(void *user, size_t slice, int thread) {
+    (void)thread;
+    const slices *s = user;
+    for (size_t i = 0; i < s->items; i++) {
+        const size_t size = s->size(s->job, i);
+        const size_t start = slice > 0 ? slice_end(size, slice - 1, s->count) : 0;
+        const size_t end = slice_end(size, slice, s->count);
+        if (start < end)
+            s->pass(s->job, i, start, end);
+    }
+}
+
+void host_slices(backend *self, host_pass *pass, size_t (*size)(const void *job, size_t item),
+                 const void *job, size_t count) {
+    size_t elements = 0;
+    for (size_t i = 0; i < count && elements < SMALL; i++)
+        elements += size(job, i);
+    slices s = {.pass = pass,
+                .size = size,
+                .job = job,
+                .items = count,
+                .count = elements < SMALL ? 1 : (size_t)self->threads};
+    host_threads_run(host_of(self)->threads, run_slice, &s, s.count);
+}
+
+/* ---- copies ---- */
+
+static size_t copy_size(const void *job, size_t item) {
+    return ((const copy_item *)job)[item].bytes;
+}
+
+static void copy_slice(const void *job, size_t item, size_t start, size_t end) {
+    const copy_item *it = (const copy_item *)job + item;
+    memcpy((char *)it->dst + start, (const char *)it->src + start, end - start);
+}
+
 static muonshard_status host_copy(backend *self, const copy_item *items, size_t count,
                                   backend_stream stream) {
-    (void)self;
     (void)stream;
-    for (size_t i = 0; i < count; i++)
-        if (items[i].bytes)
-            memcpy(items[i].dst, items[i].src, items[i].bytes);
+    host_slices(self, copy_slice, copy_size, items, count);
     return MUONSHARD_OK;
 }
 
@@ -48,34 +98,49 @@ static void store(const kernel_context *c, const convert_item *it, const float *
         dtype_store(dst, it->dst_dtype, src, count);
 }
 
-static void convert(const kernel_context *c, const convert_item *it) {
-    const size_t bytes = it->count * dtype_size(it->dst_dtype);
-    if (!it->src)
-        memset(it->dst, 0, bytes);
+static void convert(const kernel_context *c, const convert_item *it, size_t start, size_t end) {
+    void *dst = host_at(it->dst, it->dst_dtype, start);
+    const void *src = it->src ? host_at(it->src, it->src_dtype, start) : NULL;
+    const size_t count = end - start;
+    if (!src)
+        memset(dst, 0, count * dtype_size(it->dst_dtype));
     else if (it->src_dtype == it->dst_dtype)
-        memmove(it->dst, it->src, bytes);
+        memmove(dst, src, count * dtype_size(it->dst_dtype));
     else if (it->src_dtype == MUONSHARD_FP32)
-        store(c, it, it->src, 0, it->count);
+        store(c, it, src, start, count);
     else if (it->dst_dtype == MUONSHARD_FP32)
-        dtype_load(it->dst, it->src, it->src_dtype, it->count);
+        dtype_load(dst, src, it->src_dtype, count);
     else
-        for (size_t done = 0; done < it->count;) { /* from 16 bits to the other 16 */
-            float block[1024];
-            const size_t left = it->count - done, n = left < 1024 ? left : 1024;
-            dtype_load(block, (const char *)it->src + done * 2, it->src_dtype, n);
-            store(c, it, block, done, n);
-            done += n;
+        for (; start < end; start += HOST_BLOCK) { /* from 16 bits to the other 16 */
+            float block[HOST_BLOCK];
+            const size_t n = host_block(start, end);
+            dtype_load(block, host_at(it->src, it->src_dtype, start), it->src_dtype, n);
+            store(c, it, block, start, n);
         }
+}
+
+typedef struct convert_job {
+    const kernel_context *context;
+    const convert_item *items;
+} convert_job;
+
+static size_t convert_size(const void *job, size_t item) {
+    const convert_job *j = job;
+    const convert_item *it = &j->items[item];
+    return j->context && host_leave_alone(j->context, it->tensor) ? 0 : it->count;
+}
+
+static void convert_slice(const void *job, size_t item, size_t start, size_t end) {
+    const convert_job *j = job;
+    convert(j->context, &j->items[item], start, end);
 }
 
 static muonshard_status host_convert(backend *self, const kernel_context *c,
                                      const convert_item *items, size_t count,
                                      backend_stream stream) {
-    (void)self;
     (void)stream;
-    for (size_t i = 0; i < count; i++)
-        if (items[i].count && !(c && (c->record->skip || !c->active[items[i].tensor])))
-            convert(c, &items[i]);
+    const convert_job job = {c, items};
+    host_slices(self, convert_slice, convert_size, &job, count);
     return MUONSHARD_OK;
 }
 

@@ -29,9 +29,8 @@ muonshard_status host_normalize(const ns_instruction *op, float *x, float *a, si
 /* Sum of x^2 in fp64, in an order that depends on count alone. */
 double host_sum_squares(const float *x, size_t count);
 
-/* Element-wise passes. */
-muonshard_status host_sum_ranks(backend *self, float *dst, const void *src, muonshard_dtype dtype,
-                                int ranks, size_t count, backend_stream stream);
+/* Element-wise passes, a slice of every item a thread. */
+muonshard_status host_sum_ranks(backend *self, const sum_ranks_args *args, backend_stream stream);
 muonshard_status host_measure(backend *self, const sum_squares_item *items, size_t count);
 muonshard_status host_momentum(backend *self, const kernel_context *context,
                                const momentum_args *args, const momentum_item *items, size_t count);

@@ -46,10 +46,11 @@ static inline float kept(adam_scalars s, float w, float update, bool cautious) {
 }
 
 /* `l2` and `cautious` are constant where they are called, for a loop of its own each way. */
-static inline void adam(const adam_item *it, adam_scalars s, bool l2, bool cautious) {
+static inline void adam(const adam_item *it, size_t start, size_t end, adam_scalars s, bool l2,
+                        bool cautious) {
     float *restrict w = it->w, *restrict m = it->m, *restrict v = it->v;
     const float *restrict sum = it->g;
-    for (size_t i = 0; i < it->count; i++) {
+    for (size_t i = start; i < end; i++) {
         const float g = gradient(s, sum[i], w[i], l2);
         m[i] += s.beta1_rest * (g - m[i]);
         v[i] = s.beta2 * v[i] + s.beta2_rest * g * g;
@@ -58,10 +59,11 @@ static inline void adam(const adam_item *it, adam_scalars s, bool l2, bool cauti
     }
 }
 
-static inline void lion(const adam_item *it, adam_scalars s, bool l2, bool cautious) {
+static inline void lion(const adam_item *it, size_t start, size_t end, adam_scalars s, bool l2,
+                        bool cautious) {
     float *restrict w = it->w, *restrict m = it->m;
     const float *restrict sum = it->g;
-    for (size_t i = 0; i < it->count; i++) {
+    for (size_t i = start; i < end; i++) {
         const float g = gradient(s, sum[i], w[i], l2);
         const float u = s.beta1 * m[i] + s.beta1_rest * g;
         m[i] = s.beta2 * m[i] + s.beta2_rest * g;
@@ -70,33 +72,49 @@ static inline void lion(const adam_item *it, adam_scalars s, bool l2, bool cauti
     }
 }
 
-static void adam_step(const adam_item *it, adam_scalars s, decay_method decay) {
+static void adam_step(const adam_item *it, size_t start, size_t end, adam_scalars s,
+                      decay_method decay) {
     if (decay == DECAY_L2)
-        adam(it, s, true, false);
+        adam(it, start, end, s, true, false);
     else if (host_decay_is_cautious(decay))
-        adam(it, s, false, true);
+        adam(it, start, end, s, false, true);
     else
-        adam(it, s, false, false);
+        adam(it, start, end, s, false, false);
 }
 
-static void lion_step(const adam_item *it, adam_scalars s, decay_method decay) {
+static void lion_step(const adam_item *it, size_t start, size_t end, adam_scalars s,
+                      decay_method decay) {
     if (decay == DECAY_L2)
-        lion(it, s, true, false);
+        lion(it, start, end, s, true, false);
     else if (host_decay_is_cautious(decay))
-        lion(it, s, false, true);
+        lion(it, start, end, s, false, true);
     else
-        lion(it, s, false, false);
+        lion(it, start, end, s, false, false);
+}
+
+typedef struct adam_job {
+    const kernel_context *context;
+    const adam_args *args;
+    const adam_item *items;
+} adam_job;
+
+static size_t adam_size(const void *job, size_t item) {
+    const adam_job *j = job;
+    const adam_item *it = &j->items[item];
+    return host_leave_alone(j->context, it->tensor) ? 0 : it->count;
+}
+
+static void adam_slice(const void *job, size_t item, size_t start, size_t end) {
+    const adam_job *j = job;
+    const kernel_context *c = j->context;
+    const adam_item *it = &j->items[item];
+    const adam_scalars s = adam_scalars_of(j->args, c->record, &c->values[it->tensor]);
+    (j->args->rule == ELEMENTWISE_LION ? lion_step : adam_step)(it, start, end, s, j->args->decay);
 }
 
 muonshard_status host_adam(backend *self, const kernel_context *c, const adam_args *args,
                            const adam_item *items, size_t count) {
-    (void)self;
-    for (size_t i = 0; i < count; i++) {
-        const adam_item *it = &items[i];
-        if (host_leave_alone(c, it->tensor))
-            continue;
-        const adam_scalars s = adam_scalars_of(args, c->record, &c->values[it->tensor]);
-        (args->rule == ELEMENTWISE_LION ? lion_step : adam_step)(it, s, args->decay);
-    }
+    const adam_job job = {c, args, items};
+    host_slices(self, adam_slice, adam_size, &job, count);
     return MUONSHARD_OK;
 }

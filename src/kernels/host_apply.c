@@ -89,24 +89,36 @@ static void apply_block(const kernel_context *c, decay_form form, apply_scalars 
         dtype_store(stored, it->w_dtype, w, n);
 }
 
+typedef struct apply_job {
+    const kernel_context *context;
+    const apply_args *args;
+    const apply_item *items;
+} apply_job;
+
+static size_t apply_size(const void *job, size_t item) {
+    const apply_job *j = job;
+    const apply_item *it = &j->items[item];
+    return host_leave_alone(j->context, it->tensor) ? 0 : (size_t)it->rows * (size_t)it->cols;
+}
+
+static void apply_slice(const void *job, size_t item, size_t start, size_t end) {
+    const apply_job *j = job;
+    const apply_args *args = j->args;
+    const apply_item *it = &j->items[item];
+    const tensor_values *v = &j->context->values[it->tensor];
+    const bool scaled = args->scaled_lr && args->decay != DECAY_INDEPENDENT;
+    const double d = host_decay(args->decay, v->lr, v->weight_decay) * (scaled ? it->scale : 1.0);
+    const apply_scalars s = {.keep = (float)(1.0 - d),
+                             .d = (float)d,
+                             .step = (float)(v->lr * it->scale),
+                             .cautious = host_decay_is_cautious(args->decay)};
+    for (; start < end; start += HOST_BLOCK)
+        apply_block(j->context, args->form, s, it, start, host_block(start, end));
+}
+
 muonshard_status host_apply(backend *self, const kernel_context *c, const apply_args *args,
                             const apply_item *items, size_t count) {
-    (void)self;
-    for (size_t i = 0; i < count; i++) {
-        const apply_item *it = &items[i];
-        if (host_leave_alone(c, it->tensor))
-            continue;
-        const tensor_values *v = &c->values[it->tensor];
-        const bool scaled = args->scaled_lr && args->decay != DECAY_INDEPENDENT;
-        const double d =
-            host_decay(args->decay, v->lr, v->weight_decay) * (scaled ? it->scale : 1.0);
-        const apply_scalars s = {.keep = (float)(1.0 - d),
-                                 .d = (float)d,
-                                 .step = (float)(v->lr * it->scale),
-                                 .cautious = host_decay_is_cautious(args->decay)};
-        const size_t elements = (size_t)it->rows * (size_t)it->cols;
-        for (size_t start = 0; start < elements; start += HOST_BLOCK)
-            apply_block(c, args->form, s, it, start, host_block(start, elements));
-    }
+    const apply_job job = {c, args, items};
+    host_slices(self, apply_slice, apply_size, &job, count);
     return MUONSHARD_OK;
 }

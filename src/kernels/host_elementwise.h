@@ -5,9 +5,18 @@
 #ifndef HOST_ELEMENTWISE_H
 #define HOST_ELEMENTWISE_H
 
-#include "kernels/backend.h"
+#include "kernels/host.h"
 
 enum { HOST_BLOCK = 1024 }; /* elements */
+
+/* What a pass does with elements [start, end) of an item; `start` is a multiple of HOST_BLOCK. */
+typedef void host_pass(const void *job, size_t item, size_t start, size_t end);
+
+/* pass(job, i, ...) over all of items i below `count`, each cut into a slice a thread: threads
+ * touch memory in order, and do as much as each other. sizes(job, i) is the item's number of
+ * elements. */
+void host_slices(backend *self, host_pass *pass, size_t (*size)(const void *job, size_t item),
+                 const void *job, size_t count);
 
 static inline bool host_leave_alone(const kernel_context *c, int tensor) {
     return c->record->skip || !c->active[tensor];

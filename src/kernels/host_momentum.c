@@ -87,16 +87,30 @@ static void momentum_block(const momentum_args *args, momentum_scalars s, const 
         momentum_16bit(u, m, args->dtype, n, s);
 }
 
+typedef struct momentum_job {
+    const kernel_context *context;
+    const momentum_args *args;
+    const momentum_item *items;
+} momentum_job;
+
+static size_t momentum_size(const void *job, size_t item) {
+    const momentum_job *j = job;
+    const momentum_item *it = &j->items[item];
+    return host_leave_alone(j->context, it->tensor) ? 0 : it->count;
+}
+
+static void momentum_slice(const void *job, size_t item, size_t start, size_t end) {
+    const momentum_job *j = job;
+    const kernel_context *c = j->context;
+    const momentum_item *it = &j->items[item];
+    const momentum_scalars s = momentum_scalars_of(j->args, c->record, &c->values[it->tensor]);
+    for (; start < end; start += HOST_BLOCK)
+        momentum_block(j->args, s, it, start, host_block(start, end));
+}
+
 muonshard_status host_momentum(backend *self, const kernel_context *c, const momentum_args *args,
                                const momentum_item *items, size_t count) {
-    (void)self;
-    for (size_t i = 0; i < count; i++) {
-        const momentum_item *it = &items[i];
-        if (host_leave_alone(c, it->tensor))
-            continue;
-        const momentum_scalars s = momentum_scalars_of(args, c->record, &c->values[it->tensor]);
-        for (size_t start = 0; start < it->count; start += HOST_BLOCK)
-            momentum_block(args, s, it, start, host_block(start, it->count));
-    }
+    const momentum_job job = {c, args, items};
+    host_slices(self, momentum_slice, momentum_size, &job, count);
     return MUONSHARD_OK;
 }

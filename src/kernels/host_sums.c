@@ -7,18 +7,33 @@ static void add(float *restrict sum, const float *restrict x, size_t n) {
         sum[i] += x[i];
 }
 
+static size_t sum_size(const void *job, size_t item) {
+    (void)item;
+    return ((const sum_ranks_args *)job)->count;
+}
+
+/* What rank r has sent, elements from `start`. */
+static const void *sent_by(const sum_ranks_args *s, int r, size_t start) {
+    return r == s->rank ? host_at(s->own, s->dtype, start)
+                        : host_at(s->received, s->dtype, (size_t)r * s->count + start);
+}
+
 /* The order of additions is that of the ranks for every element. */
-muonshard_status host_sum_ranks(backend *self, float *dst, const void *src, muonshard_dtype dtype,
-                                int ranks, size_t count, backend_stream stream) {
-    (void)self;
-    (void)stream;
+static void sum_slice(const void *job, size_t item, size_t start, size_t end) {
+    (void)item;
+    const sum_ranks_args *s = job;
     float block[HOST_BLOCK];
-    for (size_t start = 0; start < count; start += HOST_BLOCK) {
-        const size_t n = host_block(start, count);
-        dtype_load(dst + start, host_at(src, dtype, start), dtype, n);
-        for (int r = 1; r < ranks; r++)
-            add(dst + start, host_read(src, dtype, (size_t)r * count + start, n, block), n);
+    for (; start < end; start += HOST_BLOCK) {
+        const size_t n = host_block(start, end);
+        dtype_load(s->dst + start, sent_by(s, 0, start), s->dtype, n);
+        for (int r = 1; r < s->ranks; r++)
+            add(s->dst + start, host_read(sent_by(s, r, start), s->dtype, 0, n, block), n);
     }
+}
+
+muonshard_status host_sum_ranks(backend *self, const sum_ranks_args *args, backend_stream stream) {
+    (void)stream;
+    host_slices(self, sum_slice, sum_size, args, 1);
     return MUONSHARD_OK;
 }
 
@@ -35,9 +50,13 @@ double host_sum_squares(const float *x, size_t count) {
            ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
+static void measure(void *user, size_t index, int thread) {
+    (void)thread;
+    const sum_squares_item *it = (const sum_squares_item *)user + index;
+    *it->out = host_sum_squares(it->x, it->count);
+}
+
 muonshard_status host_measure(backend *self, const sum_squares_item *items, size_t count) {
-    (void)self;
-    for (size_t i = 0; i < count; i++)
-        *items[i].out = host_sum_squares(items[i].x, items[i].count);
+    host_threads_run(host_of(self)->threads, measure, (void *)(uintptr_t)items, count);
     return MUONSHARD_OK;
 }

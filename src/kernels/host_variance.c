@@ -58,11 +58,22 @@ static void variance(const variance_args *args, const variance_item *it) {
         it->factor[i] = (float)(rescale / denominator(args, it->v[i]));
 }
 
+typedef struct variance_job {
+    const kernel_context *context;
+    const variance_args *args;
+    const variance_item *items;
+} variance_job;
+
+static void variance_task(void *user, size_t index, int thread) {
+    (void)thread;
+    const variance_job *j = user;
+    if (!host_leave_alone(j->context, j->items[index].tensor))
+        variance(j->args, &j->items[index]);
+}
+
 muonshard_status host_variance(backend *self, const kernel_context *c, const variance_args *args,
                                const variance_item *items, size_t count) {
-    (void)self;
-    for (size_t i = 0; i < count; i++)
-        if (!host_leave_alone(c, items[i].tensor))
-            variance(args, &items[i]);
+    variance_job job = {c, args, items};
+    host_threads_run(host_of(self)->threads, variance_task, &job, count);
     return MUONSHARD_OK;
 }
