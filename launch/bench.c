@@ -85,6 +85,13 @@ muonshard_status bench_measure(bench *b, bench_run *run, void *user, bench_time 
     return MUONSHARD_OK;
 }
 
+muonshard_status bench_sum(bench *b, double *value) {
+    const muonshard_status status =
+        muonshard_comm_allreduce(b->cmd->comm, value, 1, MUONSHARD_REDUCE_SUM);
+    return status ? message_fail(b->message, status, "%s", muonshard_comm_last_error(b->cmd->comm))
+                  : MUONSHARD_OK;
+}
+
 double bench_next_size(const bench *b, double size) {
     return b->step > 0.0 ? size + b->step : size * b->factor;
 }

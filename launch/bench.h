@@ -50,9 +50,17 @@ typedef muonshard_status bench_run(void *user);
 muonshard_status bench_measure(bench *b, bench_run *run, void *user, bench_time *time);
 /* All-gathers one byte. */
 muonshard_status bench_barrier(bench *b);
+/* *value becomes its sum over the ranks. Collective. */
+muonshard_status bench_sum(bench *b, double *value);
 /* The next size of a sweep after `size`. */
 double bench_next_size(const bench *b, double size);
 muonshard_status bench_ceilings_measure(bench *b);
+
+/* *wrong: how many elements of U [rows, cols] are further from Newton-Schulz of g [rows, cols] in
+ * fp64 than the rounding of `dtype` explains. `of_any_length`: only the direction of U is known.
+ * NaN: not known for the norm that is set. */
+muonshard_status bench_compare(bench *b, const float *g, const float *u, size_t rows, size_t cols,
+                               ns_dtype dtype, bool of_any_length, double *wrong);
 
 /* Only rank 0 prints. */
 void bench_print(const bench *b, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -102,13 +102,9 @@ static muonshard_status measure(comm_case *c) {
     double wrong = NAN;
     fill(c);
     TRY(bench_measure(b, run_ours, c, &ours));
-    if (b->check) {
+    if (b->check)
         wrong = wrong_elements(c);
-        const muonshard_status status =
-            muonshard_comm_allreduce(b->cmd->comm, &wrong, 1, MUONSHARD_REDUCE_SUM);
-        if (status)
-            return message_fail(b->message, status, "%s", b->cmd->comm->error.text);
-    }
+    TRY(bench_sum(b, &wrong));
     TRY(bench_measure(b, run_mpi, c, &mpi));
     return add_row(c, ours, mpi, wrong);
 }

@@ -70,70 +70,24 @@ static muonshard_status run_three_gemm(void *user) {
     return MUONSHARD_OK;
 }
 
-/* ---- the oracle ---- */
-
-static bool is_frobenius(const settings *s) {
-    return s->norm == NS_NORM_FROBENIUS_ADD || s->norm == NS_NORM_FROBENIUS_MAX ||
-           s->norm == NS_NORM_FROBENIUS_SAFETY;
-}
-
-/* Root mean square of what a dtype may be off, of that of an element; ALGORITHMS' bounds, with the
- * factor that single elements scatter by in `wrong_elements`. */
-static double tolerance(ns_dtype dtype) {
-    return dtype == NS_FP32 ? 2e-4 : dtype == NS_BF16 ? 0.2 : 0.05;
-}
-
-/* x [m, n] through the standard form in fp64; y [m, n], a, p [m, m] are scratch. */
-static void exact_steps(const ns_case *c, double *x, double *y, double *a, double *p) {
-    const int m = (int)c->m, n = (int)c->n;
-    const size_t count = c->m * c->n;
-    const settings *s = c->b->settings;
-    const double norm = cblas_dnrm2(m * n, x, 1);
-    const double divisor = s->norm == NS_NORM_FROBENIUS_SAFETY ? 1.02 * norm : norm;
-    for (size_t i = 0; i < count; i++)
-        x[i] /= divisor;
-    for (int i = 0; i < (int)s->ns_steps; i++) {
-        const coefficient_row k = c->coefficients[i];
-        cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, m, n, 1.0, x, n, x, n, 0.0, a, m);
-        memcpy(p, a, c->m * c->m * sizeof *a);
-        cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, m, m, k.c, a, m, a, m, k.b, p, m);
-        memcpy(y, x, count * sizeof *x);
-        cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, m, n, m, 1.0, p, m, x, n, k.a, y, n);
-        memcpy(x, y, count * sizeof *x);
-    }
-}
-
-/* Elements of the first and the last matrix that are further off than six times what they may be in
- * the mean. */
+/* Of the first and the last matrix. */
 static muonshard_status wrong_elements(const ns_case *c, double *wrong) {
     const size_t count = c->m * c->n;
-    const bool transposed = c->s.rows > c->s.cols;
-    double *x = calloc(2 * count + 2 * c->m * c->m, sizeof *x);
-    float *out = calloc(count, sizeof *out);
-    *wrong = 0.0;
-    if (!x || !out) {
-        free(x);
-        free(out);
-        return message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
-    }
     const muonshard_dtype dtype = ns_program_output(&c->program);
-    for (size_t k = 0; k<c->s.count; k += c->s.count> 1 ? c->s.count - 1 : 1) {
-        const float *in = c->in + k * count;
-        for (size_t i = 0; i < c->m; i++)
-            for (size_t j = 0; j < c->n; j++)
-                x[i * c->n + j] = transposed ? in[j * c->m + i] : in[i * c->n + j];
-        exact_steps(c, x, x + count, x + 2 * count, x + 2 * count + c->m * c->m);
+    float *out = malloc(count * sizeof *out);
+    muonshard_status status =
+        out ? MUONSHARD_OK : message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
+    *wrong = 0.0;
+    for (size_t k = 0; k < c->s.count && status == MUONSHARD_OK;
+         k += c->s.count > 1 ? c->s.count - 1 : 1) {
+        double of_this;
         dtype_load(out, c->items[k].out, dtype, count);
-        const double rms = cblas_dnrm2((int)count, x, 1) / sqrt((double)count);
-        for (size_t i = 0; i < c->m; i++)
-            for (size_t j = 0; j < c->n; j++) {
-                const double got = transposed ? out[j * c->m + i] : out[i * c->n + j];
-                *wrong += !(fabs(got - x[i * c->n + j]) <= 6.0 * tolerance(c->program.dtype) * rms);
-            }
+        status = bench_compare(c->b, c->in + k * count, out, c->s.rows, c->s.cols, c->program.dtype,
+                               false, &of_this);
+        *wrong += of_this;
     }
-    free(x);
     free(out);
-    return MUONSHARD_OK;
+    return status;
 }
 
 /* ---- a row ---- */
@@ -213,11 +167,9 @@ static muonshard_status measure(ns_case *c) {
     bench_time ours, plain;
     double wrong = NAN;
     TRY(bench_measure(b, run_ours, c, &ours));
-    if (b->check && is_frobenius(b->settings))
+    if (b->check)
         TRY(wrong_elements(c, &wrong));
-    if (!isnan(wrong) && muonshard_comm_allreduce(b->cmd->comm, &wrong, 1, MUONSHARD_REDUCE_SUM))
-        return message_fail(b->message, MUONSHARD_ERR_COMM, "%s",
-                            muonshard_comm_last_error(b->cmd->comm));
+    TRY(bench_sum(b, &wrong));
     TRY(bench_measure(b, run_three_gemm, c, &plain));
     return add_row(c, ours, plain, wrong);
 }

@@ -1,7 +1,389 @@
+/* bench_step.c - whole optimizer steps over the tensors of a model file, with a backward pass that
+ * only takes its time, and over a link if one is given. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
 #include "bench.h"
-muonshard_status bench_step(bench *b, const char *backward, const char *link) {
-    (void)b;
-    (void)backward;
-    (void)link;
+#include "bench_link.h"
+#include "optim/optimizer.h"
+
+typedef struct step_case {
+    bench *b;
+    muonshard_comm *comm;           /* the command's, or a link over it, which is own */
+    muonshard_optimizer *optimizer; /* own */
+    void **params, **grads;         /* own, [tensor_count] */
+    double backward;                /* seconds */
+    double elements;                /* of all tensors */
+    char trace[64];                 /* a file of our own */
+} step_case;
+
+static muonshard_status failed(const step_case *c, muonshard_status status, const char *text) {
+    return status ? message_fail(c->b->message, status, "%s", text) : MUONSHARD_OK;
+}
+
+/* ---- tensors ---- */
+
+/* Uniform in [-1e-3, 1e-3), the same on all ranks, whose mean it therefore is. */
+static muonshard_status fill_gradient(void *grad, muonshard_dtype dtype, size_t count,
+                                      uint64_t seed) {
+    float block[1024];
+    uint64_t state = seed * 2654435761U + 1;
+    for (size_t done = 0; done < count;) {
+        const size_t n = count - done < 1024 ? count - done : 1024;
+        for (size_t i = 0; i < n; i++) {
+            state = state * 6364136223846793005U + 1442695040888963407U;
+            block[i] = (float)((double)(state >> 40) / 8388608e3 - 1e-3);
+        }
+        dtype_store((char *)grad + done * dtype_size(dtype), dtype, block, n);
+        done += n;
+    }
     return MUONSHARD_OK;
+}
+
+static muonshard_dtype gradient_dtype(const muonshard_tensor_desc *d) {
+    return d->grad_dtype == MUONSHARD_DTYPE_OF_PARAM ? d->dtype : d->grad_dtype;
+}
+
+static muonshard_status add_tensors(step_case *c) {
+    const model_file *model = c->b->model;
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        muonshard_tensor_desc d = model->tensors[i];
+        size_t count = 1;
+        for (int k = 0; k < d.dims; k++)
+            count *= (size_t)d.shape[k];
+        c->elements += (double)count;
+        d.param = c->params[i] = calloc(count, dtype_size(d.dtype));
+        d.grad = c->grads[i] = malloc(count * dtype_size(gradient_dtype(&d)));
+        /* Zeros, so that the first step leaves minus the update in their place. */
+        if (!c->params[i] || !c->grads[i])
+            return message_fail(c->b->message, MUONSHARD_ERR_MEMORY,
+                                "no memory for tensor '%s' of %zu elements", d.name, count);
+        fill_gradient(c->grads[i], gradient_dtype(&d), count, i);
+        const muonshard_status status = muonshard_add_tensor(c->optimizer, &d, NULL);
+        if (status)
+            return failed(c, status, muonshard_last_error(c->optimizer));
+    }
+    return MUONSHARD_OK;
+}
+
+/* ---- a step ---- */
+
+static void pass_time(double seconds) {
+    const struct timespec pause = {(time_t)seconds,
+                                   (long)((seconds - (double)(time_t)seconds) * 1e9)};
+    nanosleep(&pause, NULL);
+}
+
+/* Entries become ready from the last tensor to the first, each after its share of the time. */
+static muonshard_status run_backward(step_case *c) {
+    const registry *r = &c->optimizer->registry;
+    for (size_t i = r->tensor_count; i-- > 0;) {
+        const tensor *t = &r->tensors[i];
+        for (int64_t e = t->entries; e-- > 0;) {
+            pass_time(c->backward * (double)t->elements / (double)t->entries / c->elements);
+            TRY(muonshard_grad_ready(c->optimizer, (int)i, e, 1));
+        }
+    }
+    return MUONSHARD_OK;
+}
+
+static muonshard_status run_step(void *user) {
+    step_case *c = user;
+    muonshard_status status = c->backward > 0.0 ? run_backward(c) : MUONSHARD_OK;
+    if (status == MUONSHARD_OK)
+        status = muonshard_step(c->optimizer, NULL);
+    return failed(c, status, muonshard_last_error(c->optimizer));
+}
+
+/* ---- the first step against the oracle ---- */
+
+/* Parameters were zeros and momentum too, so that now W = -s NS(G). */
+static muonshard_status check_view(step_case *c, const view *v, ns_dtype dtype, double *wrong) {
+    const registry *r = &c->optimizer->registry;
+    const tensor *t = &r->tensors[v->tensor];
+    const size_t count = view_elements(v);
+    float *g = malloc(2 * count * sizeof *g);
+    if (!g)
+        return message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
+    dtype_load(g, tensor_grad_at(t, v->offset), t->grad_dtype, count);
+    dtype_load(g + count, tensor_param_at(t, v->offset), t->dtype, count);
+    for (size_t i = 0; i < count; i++)
+        g[count + i] = -g[count + i];
+    const muonshard_status status =
+        bench_compare(c->b, g, g + count, (size_t)v->rows, (size_t)v->cols, dtype, true, wrong);
+    free(g);
+    return status;
+}
+
+/* A matrix of each batch. */
+static muonshard_status check_first_step(step_case *c, double *wrong) {
+    const muonshard_optimizer *o = c->optimizer;
+    *wrong = 0.0;
+    for (size_t i = 0; i < o->plan.batch_count; i++) {
+        const batch *b = &o->plan.batches[i];
+        if (b->kind == PLAN_FLAT)
+            continue;
+        double of_this;
+        TRY(check_view(c, &o->registry.views[o->plan.waves[b->first].first_view],
+                       o->batches[i].program->dtype, &of_this));
+        *wrong += of_this;
+    }
+    return MUONSHARD_OK;
+}
+
+/* ---- what ran when ---- */
+
+typedef struct span {
+    double start, end;
+} span;
+
+static int by_start(const void *left, const void *right) {
+    const span *a = left, *b = right;
+    return (a->start > b->start) - (a->start < b->start);
+}
+
+/* Seconds in which at least one operation of the timeline whose name begins so was under way. */
+static double time_under_way(const json_t *timeline, const char *name) {
+    span spans[1024];
+    size_t count = 0, i;
+    json_t *row;
+    json_array_foreach(timeline, i, row) {
+        const char *label = json_string_value(json_object_get(row, "op"));
+        if (label && strncmp(label, name, strlen(name)) == 0 && count < 1024)
+            spans[count++] = (span){json_number_value(json_object_get(row, "start_us")),
+                                    json_number_value(json_object_get(row, "end_us"))};
+    }
+    qsort(spans, count, sizeof *spans, by_start);
+    double sum = 0.0, until = -INFINITY;
+    for (i = 0; i < count; i++) {
+        const double from = fmax(spans[i].start, until);
+        sum += fmax(0.0, spans[i].end - from);
+        until = fmax(until, spans[i].end);
+    }
+    return 1e-6 * sum;
+}
+
+/* The trace's operations of the last step: [{op, stream, start_us, end_us}]. */
+static json_t *read_timeline(const char *path) {
+    json_t *events = json_load_file(path, 0, NULL), *timeline = json_array(), *event;
+    double last = 0.0, zero = NAN;
+    size_t i;
+    json_array_foreach(events, i, event) {
+        json_t *args = json_object_get(event, "args");
+        last = fmax(last, json_number_value(json_object_get(args, "step")));
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        json_array_foreach(events, i, event) {
+            json_t *args = json_object_get(event, "args");
+            if (json_number_value(json_object_get(args, "step")) < last ||
+                !json_object_get(event, "ts"))
+                continue;
+            const double start = json_number_value(json_object_get(event, "ts"));
+            const double length = json_number_value(json_object_get(event, "dur"));
+            if (pass == 0)
+                zero = isnan(zero) ? start : fmin(zero, start);
+            else
+                json_array_append_new(
+                    timeline,
+                    json_pack("{s:O, s:s, s:f, s:f}", "op", json_object_get(event, "name"),
+                              "stream",
+                              json_integer_value(json_object_get(event, "tid")) == STREAM_COMM
+                                  ? "comm"
+                                  : "compute",
+                              "start_us", start - zero, "end_us", start - zero + length));
+        }
+    }
+    json_decref(events);
+    return timeline;
+}
+
+/* ---- a row ---- */
+
+typedef struct phases {
+    double pack, reduce_scatter, agree, momentum, orthogonalize, elementwise, all_gather, apply;
+} phases;
+
+static phases phases_of(const muonshard_stats_info *s) {
+    return (phases){s->time_pack,       s->time_reduce_scatter, s->time_agree,
+                    s->time_momentum,   s->time_orthogonalize,  s->time_elementwise,
+                    s->time_all_gather, s->time_apply};
+}
+
+/* A step, of the rank where it took longest. */
+static muonshard_status mean_phases(const step_case *c, const muonshard_stats_info *before,
+                                    const muonshard_stats_info *after, phases *mean) {
+    phases first = phases_of(before), last = phases_of(after);
+    double *a = (double *)(void *)&first, *b = (double *)(void *)&last;
+    const size_t count = sizeof first / sizeof *a;
+    for (size_t i = 0; i < count; i++)
+        b[i] = (b[i] - a[i]) / c->b->iterations;
+    const muonshard_status status =
+        muonshard_comm_allreduce(c->b->cmd->comm, b, count, MUONSHARD_REDUCE_MAX);
+    *mean = last;
+    return failed(c, status, muonshard_comm_last_error(c->b->cmd->comm));
+}
+
+static json_t *phases_json(const phases *p) {
+    return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "pack", 1e6 * p->pack,
+                     "reduce-scatter", 1e6 * p->reduce_scatter, "agree", 1e6 * p->agree, "momentum",
+                     1e6 * p->momentum, "orthogonalize", 1e6 * p->orthogonalize, "element-wise",
+                     1e6 * p->elementwise, "all-gather", 1e6 * p->all_gather, "apply",
+                     1e6 * p->apply);
+}
+
+static muonshard_status add_row(const step_case *c, bench_time time, const phases *p,
+                                const muonshard_stats_info *s, double ns_flops, double link_busy,
+                                double wrong) {
+    bench *b = c->b;
+    const double ranks = b->cmd->size, share = (ranks - 1.0) / ranks;
+    json_t *timeline = read_timeline(c->trace);
+    const double rs = (double)s->bytes_reduced * share / time_under_way(timeline, "reduce-scatter");
+    const double ag = (double)s->bytes_gathered * share / time_under_way(timeline, "all-gather");
+    const double waited = p->reduce_scatter + p->all_gather;
+    const double exposed = waited / time.median;
+    const double ns_rate = p->orthogonalize > 0.0 ? ns_flops / p->orthogonalize : NAN;
+    bench_print(b,
+                "  %6d %8lld %12.0f  %-5s %10.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.2f "
+                "%9.2f %9.1f %8.1f %9.2f %7s\n",
+                b->cmd->size, (long long)s->matrices, 4.0 * c->elements, "fp32", 1e6 * time.median,
+                1e6 * p->pack, 1e6 * p->reduce_scatter, 1e6 * p->momentum, 1e6 * p->orthogonalize,
+                1e6 * p->elementwise, 1e6 * p->all_gather, 1e6 * p->apply, 1e-9 * rs, 1e-9 * ag,
+                1e-9 * ns_rate, 100.0 * exposed, s->imbalance,
+                isnan(wrong)  ? "-"
+                : wrong > 0.0 ? "WRONG"
+                              : "0");
+    if (link_busy > 0.0)
+        bench_print(b,
+                    "# the link is in use for %.1f us a step, of which %.1f us are waited for: "
+                    "%.1f %%\n",
+                    1e6 * link_busy, 1e6 * waited, 100.0 * waited / link_busy);
+    return bench_add_row(
+        b,
+        json_pack("{s:s, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "model",
+                  b->model->name, "matrices", (json_int_t)s->matrices, "bytes",
+                  bench_number(4.0 * c->elements), "step_us", bench_time_json(time), "phases_us",
+                  phases_json(p), "ns_gflops", bench_number(1e-9 * ns_rate), "rs_busbw_gbs",
+                  bench_number(1e-9 * rs), "ag_busbw_gbs", bench_number(1e-9 * ag), "exposed",
+                  bench_number(exposed), "link_busy_us",
+                  bench_number(link_busy > 0.0 ? 1e6 * link_busy : NAN), "imbalance",
+                  bench_number(s->imbalance), "wrong", bench_number(wrong), "timeline", timeline));
+}
+
+/* ---- the run ---- */
+
+static muonshard_status measure(step_case *c, bool linked) {
+    bench *b = c->b;
+    muonshard_stats_info before = MUONSHARD_STATS_INIT, after = MUONSHARD_STATS_INIT;
+    double wrong = NAN;
+    bench_time time;
+    phases mean;
+    TRY(run_step(c));
+    if (b->check && b->settings->variance == VARIANCE_NONE)
+        TRY(check_first_step(c, &wrong));
+    TRY(bench_sum(b, &wrong));
+    const int warmup = b->warmup;
+    b->warmup = 0;
+    for (int i = 1; i < warmup; i++)
+        TRY(run_step(c));
+    muonshard_stats(c->optimizer, &before);
+    const double busy = linked ? bench_link_busy(c->comm) : 0.0;
+    TRY(bench_measure(b, run_step, c, &time));
+    const double used = linked ? (bench_link_busy(c->comm) - busy) / b->iterations : 0.0;
+    b->warmup = warmup;
+    muonshard_stats(c->optimizer, &after);
+    TRY(mean_phases(c, &before, &after, &mean));
+    const double flops = (after.ns_flops - before.ns_flops) / b->iterations;
+    muonshard_destroy(c->optimizer); /* which closes the trace */
+    c->optimizer = NULL;
+    return add_row(c, time, &mean, &after, flops, used, wrong);
+}
+
+static muonshard_status prepare(step_case *c) {
+    bench *b = c->b;
+    char message[COMMAND_MESSAGE] = "";
+    snprintf(c->trace, sizeof c->trace, "/tmp/muonshard-bench-%ld-%d.json", (long)getpid(),
+             b->cmd->rank);
+    const muonshard_status status = model_file_parse(b->model, message);
+    if (status)
+        return message_fail(b->message, status, "%s", message);
+    c->params = calloc(b->model->tensor_count + 1, sizeof *c->params);
+    c->grads = calloc(b->model->tensor_count + 1, sizeof *c->grads);
+    return c->params && c->grads ? MUONSHARD_OK
+                                 : message_fail(b->message, MUONSHARD_ERR_MEMORY, "out of memory");
+}
+
+static muonshard_status create(step_case *c) {
+    bench *b = c->b;
+    muonshard_config *config = b->cmd->config;
+    muonshard_status status = muonshard_config_set(config, "trace", "/tmp/muonshard-bench-%r.json");
+    if (status)
+        return failed(c, status, muonshard_config_last_error(config));
+    snprintf(c->trace, sizeof c->trace, "/tmp/muonshard-bench-%d.json", b->cmd->rank);
+    status = muonshard_create(c->comm, config, NULL, &c->optimizer);
+    if (status)
+        return failed(c, status, muonshard_comm_last_error(c->comm));
+    status = add_tensors(c);
+    TRY(command_agree(b->cmd, status, b->message));
+    status = muonshard_commit(c->optimizer, MUONSHARD_SYNC_CHECK);
+    return failed(c, status, muonshard_last_error(c->optimizer));
+}
+
+static muonshard_status read_link(bench *b, const char *text, double *bandwidth, double *latency) {
+    *bandwidth = *latency = 0.0;
+    if (!text)
+        return MUONSHARD_OK;
+    char *end;
+    *bandwidth = 1e9 * strtod(text, &end);
+    if (*end == ',')
+        *latency = 1e-6 * strtod(end + 1, &end);
+    return *end || !(*bandwidth > 0.0) || !(*latency >= 0.0) || isinf(*bandwidth + *latency)
+               ? message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+                              "--link is '%s', not GB/s and perhaps microseconds after a comma",
+                              text)
+               : MUONSHARD_OK;
+}
+
+static muonshard_status read_backward(bench *b, const char *text, double *seconds) {
+    char *end = NULL;
+    *seconds = text ? 1e-3 * strtod(text, &end) : 0.0;
+    return text && (*end || !(*seconds >= 0.0) || *seconds > 3600.0)
+               ? message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+                              "--backward is '%s', not milliseconds", text)
+               : MUONSHARD_OK;
+}
+
+muonshard_status bench_step(bench *b, const char *backward, const char *link) {
+    step_case c = {.b = b, .comm = b->cmd->comm};
+    double bandwidth, latency;
+    TRY(read_link(b, link, &bandwidth, &latency));
+    TRY(read_backward(b, backward, &c.backward));
+    bench_print(
+        b, "#\n# %6s %8s %12s  %-5s %10s %9s %9s %9s %9s %9s %9s %9s %9s %9s %9s %8s %9s %7s\n",
+        "ranks", "matrices", "bytes", "type", "step", "pack", "rs", "momentum", "ns", "adamw", "ag",
+        "apply", "rs_busbw", "ag_busbw", "ns", "exposed", "imbalance", "#wrong");
+    bench_print(b, "# %6s %8s %12s  %-5s %10s %9s %9s %9s %9s %9s %9s %9s %9s %9s %9s %8s\n", "",
+                "", "(B)", "", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)",
+                "(GB/s)", "(GB/s)", "(GFLOP/s)", "(%)");
+    muonshard_status status = prepare(&c);
+    if (status == MUONSHARD_OK && link)
+        status = failed(&c, bench_link_create(b->cmd->comm, bandwidth, latency, &c.comm),
+                        "no link over the communicator");
+    if (status == MUONSHARD_OK)
+        status = create(&c);
+    if (status == MUONSHARD_OK)
+        status = measure(&c, link != NULL);
+    muonshard_destroy(c.optimizer);
+    unlink(c.trace);
+    if (c.comm != b->cmd->comm)
+        muonshard_comm_destroy(c.comm);
+    for (size_t i = 0; i < b->model->tensor_count; i++) {
+        free(c.params ? c.params[i] : NULL);
+        free(c.grads ? c.grads[i] : NULL);
+    }
+    free(c.params);
+    free(c.grads);
+    return status;
 }

@@ -17,6 +17,7 @@
 enum { GUARD = 64 };
 
 static uint64_t random_state = 1;
+static host_threads *pool; /* of three; every other instruction set goes through it */
 
 static float uniform(void) {
     random_state = random_state * 6364136223846793005U + 1442695040888963407U;
@@ -93,14 +94,14 @@ static double worst(const product *p) {
     return found;
 }
 
-static void multiply(host_isa isa, const product *p) {
-    const size_t bytes = host_product_workspace(isa, p);
+static void multiply(host_isa isa, const product *p, host_threads *threads) {
+    const size_t bytes = host_product_workspace(isa, p, threads);
     unsigned char *workspace = aligned_alloc(64, bytes + 64);
     assert_non_null(workspace);
     memset(workspace, 0xff, bytes + 64);
     for (size_t i = 0; i < p->rows * p->cols; i++)
         p->dst[i] = NAN;
-    host_product(isa, p, workspace);
+    host_product(isa, p, workspace, threads);
     for (size_t i = 0; i < 64; i++)
         assert_int_equal(workspace[bytes + i], 0xff);
     check_guards(p->dst, p->rows * p->cols);
@@ -124,7 +125,7 @@ static void check(product p) {
     float *first = NULL;
     for (int isa = host_isa_detect(); isa >= 0; isa--) {
         p.dst = array_of(count, p.dtype, 0.0F);
-        multiply((host_isa)isa, &p);
+        multiply((host_isa)isa, &p, isa % 2 ? pool : NULL);
         const bool same = first && memcmp(first, p.dst, count * sizeof(float)) == 0;
         const double distance = same ? 0.0 : worst(&p);
         if (!(distance <= 1.0))
@@ -222,7 +223,7 @@ static void test_subnormal(void **state) {
                          .symmetric = true,
                          .alpha = 1.0F,
                          .dst = array_of(m * m, NS_FP32, 0.0F)};
-            multiply((host_isa)isa, &p);
+            multiply((host_isa)isa, &p, isa % 2 ? pool : NULL);
             if (first)
                 assert_memory_equal(first, p.dst, m * m * sizeof(float));
             if (!first)
@@ -253,7 +254,7 @@ static void test_not_finite(void **state) {
                      .symmetric = true,
                      .alpha = 1.0F,
                      .dst = array_of(m * m, NS_FP32, 0.0F)};
-        multiply((host_isa)isa, &p);
+        multiply((host_isa)isa, &p, isa % 2 ? pool : NULL);
         for (size_t i = 0; i < m; i++)
             for (size_t j = 0; j < m; j++)
                 assert_int_equal(isfinite(p.dst[i * m + j]) != 0,
@@ -281,21 +282,33 @@ static void count_task(void *user, size_t index, int thread) {
 static void test_threads_run_every_task_once(void **state) {
     (void)state;
     for (int threads = 1; threads <= 5; threads += 2) {
-        host_threads *pool;
+        host_threads *several;
         error_text error;
-        assert_int_equal(host_threads_open(threads, &pool, &error), MUONSHARD_OK);
-        assert_int_equal(host_threads_count(pool), threads);
+        assert_int_equal(host_threads_open(threads, &several, &error), MUONSHARD_OK);
+        assert_int_equal(host_threads_count(several), threads);
         for (int round = 0; round < 50; round++) {
             counted c = {0};
             const size_t count = (size_t)(round * 20);
-            host_threads_run(pool, count_task, &c, count);
+            host_threads_run(several, count_task, &c, count);
             for (size_t i = 0; i < TASKS; i++) {
                 assert_int_equal(c.runs[i], i < count);
                 assert_in_range(c.thread[i], 0, threads - 1);
             }
         }
-        host_threads_close(pool);
+        host_threads_close(several);
     }
+}
+
+static int open_pool(void **state) {
+    (void)state;
+    error_text error;
+    return host_threads_open(3, &pool, &error);
+}
+
+static int close_pool(void **state) {
+    (void)state;
+    host_threads_close(pool);
+    return 0;
 }
 
 int main(void) {
@@ -305,5 +318,5 @@ int main(void) {
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_threads_run_every_task_once),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, open_pool, close_pool);
 }

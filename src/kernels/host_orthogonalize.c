@@ -13,6 +13,7 @@ typedef struct buffers {
     size_t m, n;
     const ns_program *program;
     host_isa isa;
+    host_threads *threads;      /* that share this matrix; NULL: the caller's alone */
     void *normalize;            /* workspace of host_normalize */
     float *at[NS_BUFFER_COUNT]; /* X, Y [m, n]; as many of A, B, C, D [m, m] as are used */
     void *product;              /* workspace of host_product */
@@ -66,7 +67,7 @@ static product product_of(const buffers *s, const ns_instruction *op) {
 
 static void multiply(const buffers *s, const ns_instruction *op) {
     const product p = product_of(s, op);
-    host_product(s->isa, &p, s->product);
+    host_product(s->isa, &p, s->product, s->threads);
 }
 
 static void add_identity(const buffers *s, const ns_instruction *op) {
@@ -132,7 +133,7 @@ static uintptr_t lay_out(buffers *s, uintptr_t workspace) {
             normalize_bytes = larger(normalize_bytes, host_normalize_workspace(op, s->m));
         } else if (op->kind != NS_ADD_IDENTITY) {
             const product p = product_of(s, op);
-            product_bytes = larger(product_bytes, host_product_workspace(s->isa, &p));
+            product_bytes = larger(product_bytes, host_product_workspace(s->isa, &p, s->threads));
         }
     }
     s->normalize = take(&workspace, normalize_bytes);
@@ -144,10 +145,26 @@ static uintptr_t lay_out(buffers *s, uintptr_t workspace) {
     return workspace;
 }
 
+/* A matrix a thread; where there are fewer matrices, one after the other, each by all threads. */
+static bool shares(const backend *self, size_t count) {
+    return self->threads > 1 && count < (size_t)self->threads;
+}
+
+static buffers shape_of(const backend *self, const ns_program *program, int64_t m, int64_t n,
+                        bool shared) {
+    return (buffers){.m = (size_t)m,
+                     .n = (size_t)n,
+                     .program = program,
+                     .isa = host_of(self)->isa,
+                     .threads = shared ? host_of(self)->threads : NULL};
+}
+
 size_t host_orthogonalize_workspace(backend *self, const ns_program *program, int64_t m, int64_t n,
                                     size_t count) {
-    buffers s = {.m = (size_t)m, .n = (size_t)n, .program = program, .isa = host_of(self)->isa};
-    return count * lay_out(&s, 0);
+    buffers alone = shape_of(self, program, m, n, false),
+            shared = shape_of(self, program, m, n, true);
+    const size_t threads = (size_t)self->threads;
+    return larger((count < threads ? 0 : threads) * lay_out(&alone, 0), lay_out(&shared, 0));
 }
 
 typedef struct job {
@@ -155,16 +172,15 @@ typedef struct job {
     buffers shape;
     const orthogonalize_item *items;
     uintptr_t workspace;
-    size_t bytes; /* of it, a matrix */
+    size_t bytes; /* of it, a thread */
     atomic_int status;
 } job;
 
 static void orthogonalize(void *user, size_t index, int thread) {
-    (void)thread;
     job *j = user;
     buffers s = j->shape;
     error_text error;
-    lay_out(&s, j->workspace + index * j->bytes);
+    lay_out(&s, j->workspace + (size_t)thread * j->bytes);
     read_item(&s, &j->items[index]);
     const muonshard_status status = run(&s, &error);
     int none = MUONSHARD_OK;
@@ -179,12 +195,16 @@ muonshard_status host_orthogonalize(backend *self, const step_record *record,
                                     void *workspace) {
     if (record && record->skip)
         return MUONSHARD_OK;
-    job j = {
-        .self = self,
-        .shape = {.m = (size_t)m, .n = (size_t)n, .program = program, .isa = host_of(self)->isa},
-        .items = items,
-        .workspace = (uintptr_t)workspace,
-        .bytes = host_orthogonalize_workspace(self, program, m, n, 1)};
-    host_threads_run(host_of(self)->threads, orthogonalize, &j, count);
+    job j = {.self = self,
+             .shape = shape_of(self, program, m, n, shares(self, count)),
+             .items = items,
+             .workspace = (uintptr_t)workspace};
+    buffers measured = j.shape;
+    j.bytes = lay_out(&measured, 0);
+    if (j.shape.threads)
+        for (size_t i = 0; i < count; i++)
+            orthogonalize(&j, i, 0);
+    else
+        host_threads_run(host_of(self)->threads, orthogonalize, &j, count);
     return (muonshard_status)j.status;
 }

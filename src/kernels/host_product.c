@@ -10,6 +10,7 @@ enum {
     DEPTH_BLOCK = 512,   /* groups of a panel that stay in the first cache */
     ROWS_BLOCK = 192,    /* packed rows of as many groups that stay in the second */
     COLUMNS_BLOCK = 384, /* whose results stay in it while the whole depth goes by */
+    SHARED_BLOCK = 96,   /* columns, where threads share a product */
     STRIP = 16           /* steps of the depth that are turned at once */
 };
 
@@ -250,34 +251,68 @@ static void multiply_columns(const product *p, const packed *a, const packed *b,
 
 /* ---- products ---- */
 
-static size_t packed_bytes(const tile_kernel *kernel, size_t sides, size_t depth) {
-    return round_up(round_up(sides, kernel->panel) * groups_of(kernel, depth) * GROUP_BYTES,
-                    CACHE_LINE);
+typedef struct product_job {
+    const product *p;
+    packed a, b;    /* b: of the first thread */
+    size_t b_words; /* from one thread's b to the next */
+    size_t columns; /* a task */
+} product_job;
+
+static size_t packed_words(const tile_kernel *kernel, size_t sides, size_t depth) {
+    return round_up(round_up(sides, kernel->panel) * groups_of(kernel, depth),
+                    CACHE_LINE / sizeof(uint32_t));
 }
 
-size_t host_product_workspace(host_isa isa, const product *p) {
-    const tile_kernel *kernel = tile_kernel_for(isa, p->dtype == NS_BF16);
-    const size_t of_a = packed_bytes(kernel, p->rows, p->depth);
-    return p->square ? of_a
-                     : of_a + packed_bytes(kernel, smaller(p->cols, COLUMNS_BLOCK), p->depth);
+static size_t columns_of(const host_threads *threads) {
+    return host_threads_count(threads) > 1 ? SHARED_BLOCK : COLUMNS_BLOCK;
 }
 
-void host_product(host_isa isa, const product *p, void *workspace) {
+size_t host_product_workspace(host_isa isa, const product *p, const host_threads *threads) {
     const tile_kernel *kernel = tile_kernel_for(isa, p->dtype == NS_BF16);
-    const size_t groups = groups_of(kernel, p->depth);
-    const packed a = {.kernel = kernel, .groups = groups, .at = workspace};
-    const packed b = {.kernel = kernel,
-                      .groups = groups,
-                      .at = (uint32_t *)workspace +
-                            packed_bytes(kernel, p->rows, p->depth) / sizeof(uint32_t)};
-    pack(&a, p, &p->a, p->rows, 0, p->rows);
-    for (size_t col = 0; col < p->cols; col += COLUMNS_BLOCK) {
-        const size_t cols = smaller(COLUMNS_BLOCK, p->cols - col);
-        if (p->square) {
-            multiply_columns(p, &a, &a, 0, col, cols);
-            continue;
-        }
-        pack(&b, p, &p->b, p->cols, col, cols);
-        multiply_columns(p, &a, &b, col, col, cols);
+    size_t words = packed_words(kernel, p->rows, p->depth);
+    if (!p->square)
+        words += packed_words(kernel, smaller(p->cols, columns_of(threads)), p->depth) *
+                 (size_t)host_threads_count(threads);
+    return words * sizeof(uint32_t);
+}
+
+/* A panel of a. */
+static void pack_task(void *user, size_t index, int thread) {
+    (void)thread;
+    const product_job *j = user;
+    const size_t side = index * j->a.kernel->panel;
+    packed to = j->a;
+    to.at += side * to.groups;
+    pack(&to, j->p, &j->p->a, j->p->rows, side, smaller(to.kernel->panel, j->p->rows - side));
+}
+
+static void columns_task(void *user, size_t index, int thread) {
+    const product_job *j = user;
+    const product *p = j->p;
+    const size_t col = index * j->columns, cols = smaller(j->columns, p->cols - col);
+    if (p->square) {
+        multiply_columns(p, &j->a, &j->a, 0, col, cols);
+        return;
     }
+    packed b = j->b;
+    b.at += (size_t)thread * j->b_words;
+    pack(&b, p, &p->b, p->cols, col, cols);
+    multiply_columns(p, &j->a, &b, col, col, cols);
+}
+
+void host_product(host_isa isa, const product *p, void *workspace, host_threads *threads) {
+    const tile_kernel *kernel = tile_kernel_for(isa, p->dtype == NS_BF16);
+    const size_t groups = groups_of(kernel, p->depth), columns = columns_of(threads);
+    uint32_t *a = workspace;
+    product_job job = {
+        .p = p,
+        .a = {.kernel = kernel, .groups = groups, .at = a},
+        .b = {.kernel = kernel,
+              .groups = groups,
+              .at = a + packed_words(kernel, p->rows, p->depth)},
+        .b_words = packed_words(kernel, smaller(p->cols, columns), p->depth),
+        .columns = columns,
+    };
+    host_threads_run(threads, pack_task, &job, round_up(p->rows, kernel->panel) / kernel->panel);
+    host_threads_run(threads, columns_task, &job, round_up(p->cols, columns) / columns);
 }

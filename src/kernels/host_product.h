@@ -5,6 +5,7 @@
 #ifndef HOST_PRODUCT_H
 #define HOST_PRODUCT_H
 
+#include "kernels/host_threads.h"
 #include "kernels/host_tile.h"
 #include "kernels/program.h"
 
@@ -31,9 +32,9 @@ typedef struct product {
 void host_turn(uint32_t *out, size_t out_stride, const uint32_t *in, size_t in_stride, size_t rows,
                size_t cols);
 
-/* Bytes. */
-size_t host_product_workspace(host_isa isa, const product *p);
+/* `threads` share the product; NULL: the caller's alone. Bits are the same. */
+size_t host_product_workspace(host_isa isa, const product *p, const host_threads *threads);
 /* The workspace is aligned to a cache line. */
-void host_product(host_isa isa, const product *p, void *workspace);
+void host_product(host_isa isa, const product *p, void *workspace, host_threads *threads);
 
 #endif

@@ -13,8 +13,8 @@ typedef void host_task(void *user, size_t index, int thread);
 
 /* One caller at a time. ERR_MEMORY when the system gives no thread. */
 muonshard_status host_threads_open(int count, host_threads **out, error_text *error);
-/* task(user, i, ...) for all i below `count`, in any order; returns when all are done. NULL
- * threads: one after the other, here. */
+/* Not from within a task. task(user, i, ...) for all i below `count`, in any order; returns when
+ * all are done. NULL threads: one after the other, here. */
 void host_threads_run(host_threads *threads, host_task *task, void *user, size_t count);
 int host_threads_count(const host_threads *threads);
 void host_threads_close(host_threads *threads);
