@@ -18,6 +18,7 @@ static const subcommand subcommands[] = {
     {"replay", command_replay, "run recorded gradients through the optimizer"},
     {"plan", command_plan, "show who owns what, and the schedule, without running it"},
     {"bench", command_bench, "time Newton-Schulz, the collectives, or whole steps"},
+    {"report", command_report, "turn results of bench into a page with pictures"},
     {"info", command_info, "versions, backends, libraries"},
 };
 #define SUBCOMMANDS (sizeof subcommands / sizeof subcommands[0])
