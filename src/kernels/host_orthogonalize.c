@@ -27,8 +27,9 @@ static size_t columns(const buffers *s, ns_buffer b) {
     return is_wide(b) ? s->n : s->m;
 }
 
-static void transpose(float *out, const float *in, size_t rows, size_t cols) {
-    host_turn((uint32_t *)(void *)out, rows, (const uint32_t *)(const void *)in, cols, rows, cols);
+static void transpose(const buffers *s, float *out, const float *in, size_t rows, size_t cols) {
+    tile_kernel_for(s->isa, false)
+        ->turn((uint32_t *)(void *)out, rows, (const uint32_t *)(const void *)in, cols, rows, cols);
 }
 
 /* ---- instructions ---- */
@@ -96,7 +97,7 @@ static muonshard_status run(const buffers *s, error_text *error) {
 
 static void read_item(const buffers *s, const orthogonalize_item *item) {
     if (item->transposed)
-        transpose(s->at[NS_X], item->u, s->n, s->m);
+        transpose(s, s->at[NS_X], item->u, s->n, s->m);
     else
         memcpy(s->at[NS_X], item->u, s->m * s->n * sizeof(float));
 }
@@ -107,7 +108,7 @@ static void write_item(const buffers *s, const orthogonalize_item *item) {
     const float *x = s->at[result];
     if (item->transposed) {
         float *turned = s->at[result == NS_X ? NS_Y : NS_X];
-        transpose(turned, x, s->m, s->n);
+        transpose(s, turned, x, s->m, s->n);
         x = turned;
     }
     dtype_store(item->out, ns_program_output(s->program), x, s->m * s->n);

@@ -38,34 +38,6 @@ static size_t groups_of(const tile_kernel *kernel, size_t depth) {
 
 /* ---- packing ---- */
 
-typedef uint32_t four __attribute__((vector_size(16), aligned(4), may_alias));
-
-/* out [4, out_stride] = transpose of in [4, in_stride] */
-static inline void turn_four(uint32_t *out, size_t out_stride, const uint32_t *in,
-                             size_t in_stride) {
-    const four a = *(const four *)in, b = *(const four *)(in + in_stride),
-               c = *(const four *)(in + 2 * in_stride), d = *(const four *)(in + 3 * in_stride);
-    const four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5),
-               ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7),
-               cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5),
-               cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    *(four *)out = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-    *(four *)(out + out_stride) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-    *(four *)(out + 2 * out_stride) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-    *(four *)(out + 3 * out_stride) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
-}
-
-void host_turn(uint32_t *out, size_t out_stride, const uint32_t *in, size_t in_stride, size_t rows,
-               size_t cols) {
-    const size_t whole_rows = rows - rows % 4, whole_cols = cols - cols % 4;
-    for (size_t i = 0; i < whole_rows; i += 4)
-        for (size_t j = 0; j < whole_cols; j += 4)
-            turn_four(out + j * out_stride + i, out_stride, in + i * in_stride + j, in_stride);
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = i < whole_rows ? whole_cols : 0; j < cols; j++)
-            out[j * out_stride + i] = in[i * in_stride + j];
-}
-
 /* strip [steps, panel]: steps of the depth from `k`, `width` columns from `side`, zeros after them.
  */
 static void read_strip(uint32_t *strip, const tile_kernel *kernel, const product *p,
@@ -79,7 +51,7 @@ static void read_strip(uint32_t *strip, const tile_kernel *kernel, const product
         for (size_t i = 0; i < steps; i++)
             memcpy(strip + i * panel, x + (k + i) * sides + side, width * sizeof *strip);
     else
-        host_turn(strip, panel, x + side * p->depth + k, p->depth, width, steps);
+        kernel->turn(strip, panel, x + side * p->depth + k, p->depth, width, steps);
     if (p->dtype == NS_TF32) {
         float *value = (float *)(void *)strip;
         for (size_t i = 0; i < steps * panel; i++)
@@ -140,34 +112,26 @@ static void begin_tile(float *tile, size_t stride, const product *p, const tile_
                at->cols * sizeof *tile);
 }
 
-static void round_tile(float *tile, size_t count, ns_dtype dtype) {
-    if (dtype == NS_BF16)
-        dtype_round(tile, MUONSHARD_BF16, count);
-    else if (dtype == NS_FP16)
-        dtype_round(tile, MUONSHARD_FP16, count);
-}
-
-static void scale_tile(float *tile, size_t stride, const product *p, const tile_place *at) {
+/* The sums of the whole depth to what is stored. Symmetric: the tile keeps it, to be mirrored, and
+ * what lies above the diagonal is not written. */
+static void end_tile(float *tile, const tile_kernel *kernel, const product *p,
+                     const tile_place *at) {
+    const size_t stride = kernel->panel;
+    const tile_scale scale = {p->alpha, p->beta, p->dtype == NS_BF16};
     for (size_t i = 0; i < at->rows; i++) {
-        float *restrict row = tile + i * stride;
-        const float *restrict c = p->c ? p->c + (at->row + i) * p->cols + at->col : NULL;
-        if (c)
-            for (size_t j = 0; j < at->cols; j++)
-                row[j] = p->alpha * row[j] + p->beta * c[j];
-        else if (p->alpha != 1.0F)
-            for (size_t j = 0; j < at->cols; j++)
-                row[j] = p->alpha * row[j];
-    }
-    round_tile(tile, at->rows * stride, p->dtype);
-}
-
-/* Symmetric: what lies above the diagonal is not written. */
-static void end_tile(float *tile, size_t stride, const product *p, const tile_place *at) {
-    if (at->last)
-        scale_tile(tile, stride, p, at);
-    for (size_t i = 0; i < at->rows; i++) {
+        const size_t place = (at->row + i) * p->cols + at->col;
+        float *sum = tile + i * stride, *dst = p->dst + place;
+        if (!at->last) {
+            memcpy(dst, sum, at->cols * sizeof *dst);
+            continue;
+        }
         const size_t width = p->symmetric ? smaller(at->cols, at->row + i + 1 - at->col) : at->cols;
-        memcpy(p->dst + (at->row + i) * p->cols + at->col, tile + i * stride, width * sizeof *tile);
+        float *out = p->symmetric ? sum : dst;
+        kernel->store(out, sum, p->c ? p->c + place : NULL, width, scale);
+        if (p->dtype == NS_FP16)
+            dtype_round(out, MUONSHARD_FP16, width);
+        if (out == sum)
+            memcpy(dst, sum, width * sizeof *dst);
     }
 }
 
@@ -188,16 +152,17 @@ static size_t wanted_columns(const product *p, const tile_place *at) {
 }
 
 /* The finished tiles of a panel, below each other, to where their transpose belongs. */
-static void mirror(const product *p, const float *tiles, size_t stride, const block *at, size_t col,
-                   size_t cols) {
+static void mirror(const product *p, const tile_kernel *kernel, const float *tiles, const block *at,
+                   size_t col, size_t cols) {
+    const size_t stride = kernel->panel;
     uint32_t *dst = (uint32_t *)(void *)p->dst;
     const uint32_t *from = (const uint32_t *)(const void *)tiles;
     size_t above = col + cols > at->row ? smaller(at->rows, col + cols - at->row) : 0;
     for (size_t i = 0; i < above; i++) /* rows that meet the diagonal */
         for (size_t j = 0; j < cols && col + j <= at->row + i; j++)
             dst[(col + j) * p->cols + at->row + i] = from[i * stride + j];
-    host_turn(dst + col * p->cols + at->row + above, p->cols, from + above * stride, stride,
-              at->rows - above, cols);
+    kernel->turn(dst + col * p->cols + at->row + above, p->cols, from + above * stride, stride,
+                 at->rows - above, cols);
 }
 
 static void multiply_block(const product *p, const packed *a, const packed *b, const block *at) {
@@ -224,10 +189,10 @@ static void multiply_block(const product *p, const packed *a, const packed *b, c
             begin_tile(tile, panel, p, &place);
             kernel->multiply(at->groups, a_panel, b_panel,
                              (int)((place.cols + kernel->vector - 1) / kernel->vector), tile);
-            end_tile(tile, panel, p, &place);
+            end_tile(tile, kernel, p, &place);
         }
         if (p->symmetric && last)
-            mirror(p, tiles, panel, at, col, cols);
+            mirror(p, kernel, tiles, at, col, cols);
     }
 }
 

@@ -28,10 +28,6 @@ typedef struct product {
     float *dst;     /* none of the others */
 } product;
 
-/* out [cols, out_stride] = transpose of in [rows, in_stride]; fp32, by its bits. */
-void host_turn(uint32_t *out, size_t out_stride, const uint32_t *in, size_t in_stride, size_t rows,
-               size_t cols);
-
 /* `threads` share the product; NULL: the caller's alone. Bits are the same. */
 size_t host_product_workspace(host_isa isa, const product *p, const host_threads *threads);
 /* The workspace is aligned to a cache line. */
