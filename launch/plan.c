@@ -100,15 +100,16 @@ static double mib(size_t bytes) {
 }
 
 static muonshard_status print_model(const planner *p, char *message) {
-    double flops = 0.0, parameters = 0.0;
+    const size_t views = p->registry.view_count;
+    double sum = 0.0, parameters = 0.0;
     char ownership[32] = "";
     error_text error;
-    double *cost = calloc(p->registry.view_count + 1, sizeof *cost);
+    double *cost = calloc(2 * views + 1, sizeof *cost), *flops = cost + views;
     if (!cost)
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
-    const muonshard_status status = ownership_price(&p->registry, p->settings, cost, &error);
-    for (size_t i = 0; status == MUONSHARD_OK && i < p->registry.view_count; i++)
-        flops += cost[i];
+    const muonshard_status status = ownership_price(&p->registry, p->settings, cost, flops, &error);
+    for (size_t i = 0; status == MUONSHARD_OK && i < views; i++)
+        sum += flops[i];
     free(cost);
     if (status != MUONSHARD_OK)
         return message_fail(message, status, "%s", error.text);
@@ -117,8 +118,8 @@ static muonshard_status print_model(const planner *p, char *message) {
     muonshard_config_get(p->config, "ownership", ownership, sizeof ownership, NULL);
     printf("# %s: %zu tensors, %.3f M parameters, %zu matrices, Newton-Schulz %.3f GFLOP a step, "
            "ownership %s\n",
-           p->model.name, p->registry.tensor_count, parameters * 1e-6, p->registry.view_count,
-           flops * 1e-9, ownership);
+           p->model.name, p->registry.tensor_count, parameters * 1e-6, views, sum * 1e-9,
+           ownership);
     return MUONSHARD_OK;
 }
 

@@ -137,7 +137,7 @@ const muonshard_param settings_table[] = {
     CHOICE(
         "ns_form", ns_form, "standard", "standard|gram|auto",
         "standard: A = X X^T, B = b A + c A A, X = a X + B X; gram: the same polynomial on X X^T, "
-        "for fp32 and fp16; auto: gram where it takes fewer operations and may be used."),
+        "of bf16 in fp32; auto: gram where it costs less."),
     TEXT("gram_restarts", gram_restarts, "auto",
          "Steps, counted from 0 and separated by commas, before which the Gram form starts again "
          "from "

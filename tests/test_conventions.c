@@ -210,7 +210,6 @@ static void test_refusals(void **state) {
         const char *yaml, *named;
         bool at_create; /* else at commit */
     } cases[] = {
-        {"{ns_form: gram, ns_dtype: bf16}", "bf16", false},
         {"{coefficients: polar_express, ns_dtype: bf16}", "polar_express", false},
         {"{coefficients: cans, ns_dtype: fp16}", "cans", false},
         {"{coefficients: cubic5, ns_dtype: bf16}", "cubic5", false},

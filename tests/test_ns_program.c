@@ -282,16 +282,12 @@ static void test_dtypes(void **state) {
                 choice == NS_DTYPE_PARAM ? of_param[params[i]] : of_choice[choice];
             assert_int_equal(newton_schulz_dtype(&s, params[i]), expected);
             assert_int_equal(compiled_for(&s, params[i], M, N).dtype, expected);
-            s.ns_form = NS_FORM_AUTO; /* Gram, but never in bf16 */
-            ns_program p = compiled_for(&s, params[i], M, N);
+            assert_int_equal(compiled_for(&s, params[i], M, N).square_dtype, expected);
+            s.ns_form = NS_FORM_GRAM; /* of bf16 on squares in fp32 */
+            const ns_program p = compiled_for(&s, params[i], M, N);
             assert_int_equal(p.dtype, expected);
-            assert_int_equal(p.squares, expected == NS_BF16 ? 2 : 4);
-            s.ns_form = NS_FORM_GRAM;
-            if (expected == NS_BF16)
-                refused(&s, params[i], M, N, MUONSHARD_ERR_CONFIG,
-                        (const char *const[]){"ns_form", "gram", "bf16", "fp16", NULL});
-            else
-                assert_int_equal(compiled_for(&s, params[i], M, N).squares, 4);
+            assert_int_equal(p.square_dtype, expected == NS_BF16 ? NS_FP32 : expected);
+            assert_int_equal(p.squares, 4);
         }
     /* The check is made for the working dtype, the safety too. */
     settings s = settings_of(COEFFICIENTS_POLAR_EXPRESS, 5, NS_FORM_STANDARD);
@@ -333,12 +329,16 @@ static void test_what_cannot_be(void **state) {
 
 /* ---- restarts and counts ---- */
 
-static gram_restarts planned(const settings *s) {
+static gram_restarts planned_in(const settings *s, ns_dtype dtype) {
     coefficient_row rows[NS_MAX_STEPS];
     gram_restarts restarts = 0xffffffff;
     assert_int_equal(coefficients_rows(s, NS_FP32, rows, NULL), MUONSHARD_OK);
-    assert_true(gram_restarts_plan(rows, (int)s->ns_steps, &restarts));
+    assert_true(gram_restarts_plan(rows, (int)s->ns_steps, dtype, &restarts));
     return restarts;
+}
+
+static gram_restarts planned(const settings *s) {
+    return planned_in(s, NS_FP16);
 }
 
 static int bits(gram_restarts x) {
@@ -365,6 +365,22 @@ static void test_published_restarts(void **state) {
     assert_int_equal(planned(&s), 0);
     s = settings_of(COEFFICIENTS_SIMPLE, 2, NS_FORM_GRAM);
     assert_int_equal(planned(&s), 1 << 1);
+}
+
+/* bf16, on squares in fp32, needs none in five steps. */
+static void test_restarts_by_dtype(void **state) {
+    (void)state;
+    static const int sets[] = {COEFFICIENTS_SIMPLE, COEFFICIENTS_QUINTIC,
+                               COEFFICIENTS_POLAR_EXPRESS};
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
+        const settings s = settings_of(sets[i], 5, NS_FORM_GRAM);
+        assert_int_equal(planned_in(&s, NS_BF16), 0);
+        assert_int_equal(planned_in(&s, NS_FP32), planned_in(&s, NS_FP16));
+        assert_int_equal(planned_in(&s, NS_TF32), planned_in(&s, NS_FP16));
+        assert_int_equal(bits(planned_in(&s, NS_FP16)), 1);
+    }
+    const settings s = settings_of(COEFFICIENTS_DEEPSEEKV4, 10, NS_FORM_GRAM);
+    assert_true(bits(planned_in(&s, NS_BF16)) < bits(planned_in(&s, NS_FP16)));
 }
 
 /* The rule in plain form: the largest condition Q has after any step, over every placement. */
@@ -433,7 +449,7 @@ static void test_no_restarts_help(void **state) {
     assert_int_equal(coefficients_rows(&s, NS_FP32, rows, NULL), MUONSHARD_OK);
     rows[0].b = -rows[0].a / (1.0 - 4e-4); /* sigma = 1 */
     gram_restarts restarts;
-    assert_false(gram_restarts_plan(rows, 3, &restarts));
+    assert_false(gram_restarts_plan(rows, 3, NS_FP16, &restarts));
     s.custom_coefficients = "1e3,-1e6,1e6\n"; /* explodes in one step */
     s.ns_steps = 32;
     assert_refused(&s, "gram_restarts", "ns_steps 32");
@@ -487,6 +503,20 @@ static void test_flops_are_the_published_counts(void **state) {
     assert_flops(&gram, 64, 256, 4.0 * 5.0 + 3.0 * 2.0 * 3.0 - 3.0);
 }
 
+/* In bf16 squares in fp32 cost twice as much: T(3a+1) against 3a + 2(4T-3) without a restart. */
+static void test_auto_goes_by_cost(void **state) {
+    (void)state;
+    for (int64_t a = 1; a <= 5; a++) {
+        settings s = settings_of(COEFFICIENTS_SIMPLE, 5, NS_FORM_AUTO);
+        s.ns_dtype = NS_DTYPE_BF16;
+        const ns_program p = compiled_for(&s, MUONSHARD_FP32, 64, 64 * a);
+        const double standard = 5.0 * (3.0 * (double)a + 1.0), gram = 3.0 * (double)a + 34.0;
+        assert_int_equal(p.squares, a > 1 && gram < standard ? 4 : 2);
+        const double cost = ns_program_cost(&p, 64, 64 * a) / (64.0 * 64.0 * 64.0);
+        assert_true(fabs(cost - (a > 1 ? fmin(standard, gram) : standard)) < 1e-9);
+    }
+}
+
 static void test_square_matrices_take_the_standard_form(void **state) {
     (void)state;
     settings s = settings_of(COEFFICIENTS_SIMPLE, 5, NS_FORM_STANDARD);
@@ -511,9 +541,11 @@ int main(void) {
         cmocka_unit_test(test_dtypes),
         cmocka_unit_test(test_what_cannot_be),
         cmocka_unit_test(test_published_restarts),
+        cmocka_unit_test(test_restarts_by_dtype),
         cmocka_unit_test(test_planned_restarts_are_the_best),
         cmocka_unit_test(test_no_restarts_help),
         cmocka_unit_test(test_flops_are_the_published_counts),
+        cmocka_unit_test(test_auto_goes_by_cost),
         cmocka_unit_test(test_square_matrices_take_the_standard_form),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -286,6 +286,12 @@ static void test_gram_fp32(void **state) {
     run_dtype(NS_FP32, true);
 }
 
+/* Whose squares are in fp32: within what the standard form is allowed. */
+static void test_gram_bf16(void **state) {
+    (void)state;
+    run_dtype(NS_BF16, true);
+}
+
 static void test_gram_fp16(void **state) {
     (void)state;
     run_dtype(NS_FP16, true);
@@ -295,7 +301,8 @@ int main(void) {
     const struct CMUnitTest all[] = {
         cmocka_unit_test(test_fp32),      cmocka_unit_test(test_tf32),
         cmocka_unit_test(test_bf16),      cmocka_unit_test(test_fp16),
-        cmocka_unit_test(test_gram_fp32), cmocka_unit_test(test_gram_fp16),
+        cmocka_unit_test(test_gram_fp32), cmocka_unit_test(test_gram_bf16),
+        cmocka_unit_test(test_gram_fp16),
     };
     return cmocka_run_group_tests(all, NULL, NULL);
 }

@@ -19,12 +19,8 @@ typedef struct buffers {
     void *product;              /* workspace of host_product */
 } buffers;
 
-static bool is_wide(ns_buffer b) {
-    return b == NS_X || b == NS_Y;
-}
-
 static size_t columns(const buffers *s, ns_buffer b) {
-    return is_wide(b) ? s->n : s->m;
+    return ns_is_wide(b) ? s->n : s->m;
 }
 
 static void transpose(const buffers *s, float *out, const float *in, size_t rows, size_t cols) {
@@ -36,7 +32,12 @@ static void transpose(const buffers *s, float *out, const float *in, size_t rows
 
 /* As it is stored: the one rounding of a result. */
 static void finish(const buffers *s, ns_buffer dst) {
-    dtype_round(s->at[dst], ns_program_output(s->program), s->m * columns(s, dst));
+    const ns_dtype dtype = ns_stored(s->program, dst);
+    dtype_round(s->at[dst],
+                dtype == NS_BF16   ? MUONSHARD_BF16
+                : dtype == NS_FP16 ? MUONSHARD_FP16
+                                   : MUONSHARD_FP32,
+                s->m * columns(s, dst));
 }
 
 static muonshard_status normalize(const buffers *s, const ns_instruction *op, error_text *error) {
@@ -52,12 +53,13 @@ static muonshard_status normalize(const buffers *s, const ns_instruction *op, er
 static product product_of(const buffers *s, const ns_instruction *op) {
     const bool square = op->kind == NS_SYMMETRIC_PRODUCT;
     const ns_buffer b = square ? op->a : op->b;
-    return (product){.dtype = s->program->dtype,
+    return (product){.operands = ns_operands(s->program, op),
+                     .stored = ns_stored(s->program, op->dst),
                      .rows = s->m,
                      .cols = square ? s->m : columns(s, b),
                      .depth = columns(s, op->a),
-                     .a = {s->at[op->a], !is_wide(op->a)},
-                     .b = {s->at[b], !square || !is_wide(b)},
+                     .a = {s->at[op->a], !ns_is_wide(op->a)},
+                     .b = {s->at[b], !square || !ns_is_wide(b)},
                      .square = square,
                      .symmetric = op->kind != NS_PRODUCT,
                      .alpha = op->alpha,

@@ -52,11 +52,13 @@ static void read_strip(uint32_t *strip, const tile_kernel *kernel, const product
             memcpy(strip + i * panel, x + (k + i) * sides + side, width * sizeof *strip);
     else
         kernel->turn(strip, panel, x + side * p->depth + k, p->depth, width, steps);
-    if (p->dtype == NS_TF32) {
-        float *value = (float *)(void *)strip;
-        for (size_t i = 0; i < steps * panel; i++)
-            value[i] = dtype_round_tf32(value[i]);
-    }
+    float *value = (float *)(void *)strip;
+    if (p->operands == NS_BF16)
+        kernel->store(value, value, NULL, steps * panel, (tile_scale){.alpha = 1.0F, .bf16 = true});
+    else if (p->operands == NS_FP16)
+        dtype_round(value, MUONSHARD_FP16, steps * panel);
+    for (size_t i = 0; p->operands == NS_TF32 && i < steps * panel; i++)
+        value[i] = dtype_round_tf32(value[i]);
 }
 
 /* A strip of fp32 that are bf16 numbers into the panel at its step `k`, by pairs. */
@@ -117,7 +119,7 @@ static void begin_tile(float *tile, size_t stride, const product *p, const tile_
 static void end_tile(float *tile, const tile_kernel *kernel, const product *p,
                      const tile_place *at) {
     const size_t stride = kernel->panel;
-    const tile_scale scale = {p->alpha, p->beta, p->dtype == NS_BF16};
+    const tile_scale scale = {p->alpha, p->beta, p->stored == NS_BF16};
     for (size_t i = 0; i < at->rows; i++) {
         const size_t place = (at->row + i) * p->cols + at->col;
         float *sum = tile + i * stride, *dst = p->dst + place;
@@ -128,7 +130,7 @@ static void end_tile(float *tile, const tile_kernel *kernel, const product *p,
         const size_t width = p->symmetric ? smaller(at->cols, at->row + i + 1 - at->col) : at->cols;
         float *out = p->symmetric ? sum : dst;
         kernel->store(out, sum, p->c ? p->c + place : NULL, width, scale);
-        if (p->dtype == NS_FP16)
+        if (p->stored == NS_FP16)
             dtype_round(out, MUONSHARD_FP16, width);
         if (out == sum)
             memcpy(dst, sum, width * sizeof *dst);
@@ -233,7 +235,7 @@ static size_t columns_of(const host_threads *threads) {
 }
 
 size_t host_product_workspace(host_isa isa, const product *p, const host_threads *threads) {
-    const tile_kernel *kernel = tile_kernel_for(isa, p->dtype == NS_BF16);
+    const tile_kernel *kernel = tile_kernel_for(isa, p->operands == NS_BF16);
     size_t words = packed_words(kernel, p->rows, p->depth);
     if (!p->square)
         words += packed_words(kernel, smaller(p->cols, columns_of(threads)), p->depth) *
@@ -266,7 +268,7 @@ static void columns_task(void *user, size_t index, int thread) {
 }
 
 void host_product(host_isa isa, const product *p, void *workspace, host_threads *threads) {
-    const tile_kernel *kernel = tile_kernel_for(isa, p->dtype == NS_BF16);
+    const tile_kernel *kernel = tile_kernel_for(isa, p->operands == NS_BF16);
     const size_t groups = groups_of(kernel, p->depth), columns = columns_of(threads);
     uint32_t *a = workspace;
     product_job job = {

@@ -16,9 +16,10 @@ typedef struct product_operand {
     bool across;
 } product_operand;
 
-/* dst [rows, cols] = alpha a b + beta c, each element rounded once as `dtype` is stored. */
+/* dst [rows, cols] = alpha a b + beta c. Elements of a and b are rounded to `operands` as they
+ * enter, those of dst once to `stored`; arrays are of fp32 whatever they hold. */
 typedef struct product {
-    ns_dtype dtype; /* of bf16 and fp16 the arrays hold numbers that are rounded already */
+    ns_dtype operands, stored;
     size_t rows, cols, depth;
     product_operand a, b; /* sides of `rows` and of `cols` */
     bool square;          /* b is a, and packed once */

@@ -1,23 +1,29 @@
 #include "kernels/program.h"
 
-#include <stdbool.h>
-
-static bool is_wide(ns_buffer b) {
-    return b == NS_X || b == NS_Y;
+static double flops_of(const ns_instruction *op, double m, double n) {
+    switch (op->kind) {
+    case NS_NORMALIZE: return op->a == NS_NONE ? 0.0 : m * m * n;
+    case NS_SYMMETRIC_PRODUCT: return m * m * (ns_is_wide(op->a) ? n : m);
+    case NS_COMMUTING_PRODUCT: return m * m * m;
+    case NS_PRODUCT: return 2.0 * m * m * (ns_is_wide(op->b) ? n : m);
+    case NS_ADD_IDENTITY: break;
+    }
+    return 0.0;
 }
 
 double ns_program_flops(const ns_program *program, int64_t m, int64_t n) {
-    const double md = (double)m, nd = (double)n;
     double flops = 0.0;
-    for (int i = 0; i < program->count; i++) {
-        const ns_instruction *op = &program->code[i];
-        switch (op->kind) {
-        case NS_NORMALIZE: flops += op->a == NS_NONE ? 0.0 : md * md * nd; break;
-        case NS_SYMMETRIC_PRODUCT: flops += md * md * (is_wide(op->a) ? nd : md); break;
-        case NS_COMMUTING_PRODUCT: flops += md * md * md; break;
-        case NS_PRODUCT: flops += 2.0 * md * md * (is_wide(op->b) ? nd : md); break;
-        case NS_ADD_IDENTITY: break;
-        }
-    }
+    for (int i = 0; i < program->count; i++)
+        flops += flops_of(&program->code[i], (double)m, (double)n);
     return flops;
+}
+
+double ns_program_cost(const ns_program *program, int64_t m, int64_t n) {
+    double cost = 0.0;
+    for (int i = 0; i < program->count; i++) {
+        const ns_dtype dtype = ns_operands(program, &program->code[i]);
+        const double price = dtype == NS_FP32 || dtype == NS_TF32 ? 2.0 : 1.0;
+        cost += price * flops_of(&program->code[i], (double)m, (double)n);
+    }
+    return cost;
 }

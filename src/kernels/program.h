@@ -49,7 +49,8 @@ typedef struct ns_instruction {
 
 /* Input in NS_X (oriented: rows <= columns), output in `result`. */
 typedef struct ns_program {
-    ns_dtype dtype;
+    ns_dtype dtype;        /* X and Y, and what enters a product with one of them */
+    ns_dtype square_dtype; /* A to D, and products of these alone */
     int count;
     ns_buffer result;
     int squares; /* how many of A, B, C, D are used, in that order */
@@ -59,5 +60,20 @@ typedef struct ns_program {
 /* Floating-point operations the program needs for one [m, n] matrix; symmetric results count half.
  */
 double ns_program_flops(const ns_program *program, int64_t m, int64_t n);
+/* What they cost, in operations of 16 bits: twice as much in fp32 and tf32. Processors with and
+ * without 16-bit units differ in it, ranks must not. */
+double ns_program_cost(const ns_program *program, int64_t m, int64_t n);
+
+static inline int ns_is_wide(ns_buffer b) {
+    return b == NS_X || b == NS_Y;
+}
+/* The dtype a buffer is stored in. */
+static inline ns_dtype ns_stored(const ns_program *program, ns_buffer b) {
+    return ns_is_wide(b) ? program->dtype : program->square_dtype;
+}
+/* The dtype a product's operands are rounded to as they enter it. */
+static inline ns_dtype ns_operands(const ns_program *program, const ns_instruction *op) {
+    return ns_is_wide(op->a) || ns_is_wide(op->b) ? program->dtype : program->square_dtype;
+}
 
 #endif

@@ -35,7 +35,6 @@ muonshard_status gram_restarts_read(const char *text, int steps, bool *planned,
 #define RATIO         0.99769983406707516 /* from a sigma to the next: 10^(-10/(POINTS-1)) */
 #define STRIDE        101                 /* of the coarse points; first and last are among them */
 #define COARSE        100
-#define PERTURBATION  4e-4 /* what rounding takes from an eigenvalue of R */
 #define CONDITION_MAX 1e8
 #define WORK_MAX      20000000L /* evaluations of a polynomial, about a tenth of a second */
 
@@ -48,18 +47,19 @@ typedef struct search {
     const coefficient_row *rows;
     int steps;
     double sigma[POINTS]; /* 1 down to 1e-10, in equal ratios */
+    double perturbation;  /* what rounding takes from an eigenvalue of R */
     double best;          /* condition of the restarts found; CONDITION_MAX when none are */
     gram_restarts found;
     long work;
 } search;
 
-static followed started(double x) {
-    return (followed){x, x * x - PERTURBATION, 1.0};
+static followed started(const search *s, double x) {
+    return (followed){x, x * x - s->perturbation, 1.0};
 }
 
-static followed stepped(followed v, coefficient_row k, bool restart) {
+static followed stepped(const search *s, followed v, coefficient_row k, bool restart) {
     if (restart)
-        v = started(v.x * v.q);
+        v = started(s, v.x * v.q);
     const double z = k.a + v.r * (k.b + v.r * k.c);
     return (followed){v.x, v.r * z * z, v.q * z};
 }
@@ -70,9 +70,9 @@ static double condition(search *s, gram_restarts restarts) {
     for (int i = 0; i < s->steps; i++)
         smallest[i] = INFINITY;
     for (int point = 0; point < POINTS; point++) {
-        followed v = started(s->sigma[point]);
+        followed v = started(s, s->sigma[point]);
         for (int i = 0; i < s->steps; i++) {
-            v = stepped(v, s->rows[i], restarts >> i & 1);
+            v = stepped(s, v, s->rows[i], restarts >> i & 1);
             largest[i] = fmax(largest[i], fabs(v.q));
             smallest[i] = fmin(smallest[i], fabs(v.q));
         }
@@ -102,7 +102,7 @@ static void place(search *s, const followed before[COARSE], gram_restarts restar
         followed now[COARSE];
         double largest = 0.0, smallest = INFINITY;
         for (int i = 0; i < COARSE; i++) {
-            now[i] = stepped(before[i], s->rows[step], restart);
+            now[i] = stepped(s, before[i], s->rows[step], restart);
             largest = fmax(largest, fabs(now[i].q));
             smallest = fmin(smallest, fabs(now[i].q));
         }
@@ -112,15 +112,18 @@ static void place(search *s, const followed before[COARSE], gram_restarts restar
     }
 }
 
-bool gram_restarts_plan(const coefficient_row *rows, int steps, gram_restarts *restarts) {
-    search s = {.rows = rows, .steps = steps, .best = CONDITION_MAX};
+bool gram_restarts_plan(const coefficient_row *rows, int steps, ns_dtype dtype,
+                        gram_restarts *restarts) {
+    const bool exact = dtype == NS_BF16;
+    search s = {
+        .rows = rows, .steps = steps, .perturbation = exact ? 1e-6 : 4e-4, .best = CONDITION_MAX};
     followed first[COARSE];
     for (int i = 0; i < POINTS; i++) {
         s.sigma[i] = i > 0 ? s.sigma[i - 1] * RATIO : 1.0;
         if (i % STRIDE == 0)
-            first[i / STRIDE] = started(s.sigma[i]);
+            first[i / STRIDE] = started(&s, s.sigma[i]);
     }
-    for (int count = steps > 1; count <= steps - 1 && s.best >= CONDITION_MAX; count++)
+    for (int count = steps > 1 && !exact; count <= steps - 1 && s.best >= CONDITION_MAX; count++)
         place(&s, first, 0, 0, count);
     *restarts = s.found;
     return s.best < CONDITION_MAX;

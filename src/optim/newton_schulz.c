@@ -147,12 +147,11 @@ static muonshard_status consider_gram(const settings *s, const coefficient_row *
     bool planned;
     gram_restarts restarts;
     TRY(gram_restarts_read(s->gram_restarts, steps, &planned, &restarts, error));
-    FAIL_IF(forced && p->dtype == NS_BF16, error, MUONSHARD_ERR_CONFIG,
-            "ns_form: gram diverges in bf16, which ns_dtype makes the working dtype; allowed are "
-            "fp16, fp32 and tf32, or ns_form: standard or auto");
-    if (m == n || p->dtype == NS_BF16)
+    if (m == n)
         return MUONSHARD_OK;
-    if (planned && !gram_restarts_plan(rows, steps, &restarts)) {
+    /* On squares in bf16 it diverges. */
+    const ns_dtype square = p->dtype == NS_BF16 ? NS_FP32 : p->dtype;
+    if (planned && !gram_restarts_plan(rows, steps, p->dtype, &restarts)) {
         FAIL_IF(forced, error, MUONSHARD_ERR_CONFIG,
                 "gram_restarts: auto finds none that keep coefficients and ns_steps %d stable; "
                 "coefficient_safety helps, a list of steps is taken as it is, ns_form: standard "
@@ -160,9 +159,9 @@ static muonshard_status consider_gram(const settings *s, const coefficient_row *
                 steps);
         return MUONSHARD_OK;
     }
-    ns_program gram = {.dtype = p->dtype};
+    ns_program gram = {.dtype = p->dtype, .square_dtype = square};
     compile_gram(s, rows, restarts, &gram);
-    if (forced || ns_program_flops(&gram, m, n) < ns_program_flops(p, m, n))
+    if (forced || ns_program_cost(&gram, m, n) < ns_program_cost(p, m, n))
         *p = gram;
     return MUONSHARD_OK;
 }
@@ -177,7 +176,7 @@ muonshard_status newton_schulz_compile(const settings *s, muonshard_dtype param,
     coefficient_row rows[NS_MAX_STEPS];
     TRY(coefficients_rows(s, dtype, rows, error));
     TRY(coefficients_check(s, dtype, rows, error));
-    *program = (ns_program){.dtype = dtype};
+    *program = (ns_program){.dtype = dtype, .square_dtype = dtype};
     compile_standard(s, rows, program);
     return s->ns_form == NS_FORM_STANDARD ? MUONSHARD_OK
                                           : consider_gram(s, rows, m, n, program, error);

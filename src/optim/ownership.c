@@ -18,7 +18,7 @@ bool ownership_alike(const registry *r, size_t a, size_t b) {
            r->tensors[v->tensor].dtype == r->tensors[w->tensor].dtype;
 }
 
-muonshard_status ownership_price(const registry *r, const settings *s, double *cost,
+muonshard_status ownership_price(const registry *r, const settings *s, double *cost, double *flops,
                                  error_text *error) {
     for (size_t i = 0; i < r->view_count; i++) {
         size_t k = 0;
@@ -26,13 +26,17 @@ muonshard_status ownership_price(const registry *r, const settings *s, double *c
             k++;
         if (k < i) {
             cost[i] = cost[k];
+            if (flops)
+                flops[i] = flops[k];
             continue;
         }
         const view *v = &r->views[i];
         ns_program program;
         TRY(newton_schulz_compile(s, r->tensors[v->tensor].dtype, short_side(v), long_side(v),
                                   &program, error));
-        cost[i] = ns_program_flops(&program, short_side(v), long_side(v));
+        cost[i] = ns_program_cost(&program, short_side(v), long_side(v));
+        if (flops)
+            flops[i] = ns_program_flops(&program, short_side(v), long_side(v));
     }
     return MUONSHARD_OK;
 }

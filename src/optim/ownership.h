@@ -8,8 +8,9 @@
 /* Views a and b are of one oriented shape and one dtype of parameters: they can travel in one wave
  * and be computed in one batch. */
 bool ownership_alike(const registry *r, size_t a, size_t b);
-/* cost [view_count]: floating-point operations of each view's Newton-Schulz in its form. */
-muonshard_status ownership_price(const registry *r, const settings *s, double *cost,
+/* What each view's Newton-Schulz takes in its form, [view_count]: ns_program_cost, and, unless
+ * NULL, ns_program_flops. */
+muonshard_status ownership_price(const registry *r, const settings *s, double *cost, double *flops,
                                  error_text *error);
 /* owner[v] for each v of `loose` [count], views that are in no whole wave of their tensor (those
  * give every rank the same). round_robin: by turns, shape by shape. balanced: the most costly

@@ -101,5 +101,7 @@ muonshard_status placement_find(muonshard_comm *comm, placement *p, error_text *
 host_options placement_options(const placement *p, const settings *s) {
     const int share = p->cores / (p->sharing > 0 ? p->sharing : 1);
     return (host_options){.isa = s->instructions ? (host_isa)(s->instructions - 1) : p->isa,
-                          .threads = s->threads ? (int)s->threads : share > 0 ? share : 1};
+                          .threads = s->threads  ? (int)s->threads
+                                     : share > 0 ? share
+                                                 : 1};
 }

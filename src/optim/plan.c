@@ -417,7 +417,7 @@ muonshard_status plan_make(plan *p, const registry *r, const settings *s, int wo
     builder b = {.p = p, .r = r, .s = s};
     muonshard_status status;
     TRY_GOTO(allocate(&b, error), done);
-    TRY_GOTO(ownership_price(r, s, b.cost, error), done);
+    TRY_GOTO(ownership_price(r, s, b.cost, NULL, error), done);
     for (size_t i = 0; i < r->tensor_count; i++)
         if (r->tensors[i].role == MUONSHARD_ROLE_MATRIX)
             make_whole_waves(&b, &r->tensors[i]);
