@@ -9,6 +9,14 @@
 
 enum { HOST_BLOCK = 1024 }; /* elements */
 
+/* A loop that is compiled for wider vectors, too, and chosen by the processor when the library is
+ * loaded. Nothing contracts, so that the values are the same. */
+#if defined(__x86_64__)
+#define HOST_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define HOST_WIDE
+#endif
+
 /* What a pass does with elements [start, end) of an item; `start` is a multiple of HOST_BLOCK. */
 typedef void host_pass(const void *job, size_t item, size_t start, size_t end);
 

@@ -2,9 +2,9 @@
 #include "kernels/host.h"
 #include "kernels/host_elementwise.h"
 
-static void add(float *restrict sum, const float *restrict x, size_t n) {
+HOST_WIDE static void add_arrays(float *sum, const float *a, const float *b, size_t n) {
     for (size_t i = 0; i < n; i++)
-        sum[i] += x[i];
+        sum[i] = a[i] + b[i];
 }
 
 static size_t sum_size(const void *job, size_t item) {
@@ -22,12 +22,15 @@ static const void *sent_by(const sum_ranks_args *s, int r, size_t start) {
 static void sum_slice(const void *job, size_t item, size_t start, size_t end) {
     (void)item;
     const sum_ranks_args *s = job;
-    float block[HOST_BLOCK];
+    float first[HOST_BLOCK], next[HOST_BLOCK];
     for (; start < end; start += HOST_BLOCK) {
         const size_t n = host_block(start, end);
-        dtype_load(s->dst + start, sent_by(s, 0, start), s->dtype, n);
-        for (int r = 1; r < s->ranks; r++)
-            add(s->dst + start, host_read(sent_by(s, r, start), s->dtype, 0, n, block), n);
+        float *dst = s->dst + start;
+        const float *sum = host_read(sent_by(s, 0, start), s->dtype, 0, n, first);
+        for (int r = 1; r < s->ranks; r++, sum = dst)
+            add_arrays(dst, sum, host_read(sent_by(s, r, start), s->dtype, 0, n, next), n);
+        if (s->ranks == 1)
+            dtype_load(dst, sent_by(s, 0, start), s->dtype, n);
     }
 }
 
@@ -37,17 +40,22 @@ muonshard_status host_sum_ranks(backend *self, const sum_ranks_args *args, backe
     return MUONSHARD_OK;
 }
 
-/* Eight partial sums: vectors of any width give the same bits. */
-double host_sum_squares(const float *x, size_t count) {
-    double part[8] = {0.0};
+enum { PARTS = 32 };
+
+/* Partial sums, more than vectors of any width need to keep adding: all widths give the same bits.
+ */
+HOST_WIDE double host_sum_squares(const float *x, size_t count) {
+    double part[PARTS] = {0.0};
     size_t i = 0;
-    for (; i + 8 <= count; i += 8)
-        for (size_t k = 0; k < 8; k++)
+    for (; i + PARTS <= count; i += PARTS)
+        for (size_t k = 0; k < PARTS; k++)
             part[k] += (double)x[i + k] * (double)x[i + k];
     for (size_t k = 0; i < count; i++, k++)
         part[k] += (double)x[i] * (double)x[i];
-    return ((part[0] + part[1]) + (part[2] + part[3])) +
-           ((part[4] + part[5]) + (part[6] + part[7]));
+    for (size_t half = PARTS / 2; half > 0; half /= 2)
+        for (size_t k = 0; k < half; k++)
+            part[k] += part[k + half];
+    return part[0];
 }
 
 static void measure(void *user, size_t index, int thread) {
