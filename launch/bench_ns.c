@@ -133,6 +133,15 @@ static muonshard_status reserve(ns_case *c) {
     return MUONSHARD_OK;
 }
 
+/* Of one matrix, at the ceilings of the dtypes its products are in. */
+static double floor_seconds(const ns_case *c) {
+    const bench_ceilings *ceiling = &c->b->ceilings;
+    const double flops = ns_program_flops(&c->program, (int64_t)c->m, (int64_t)c->n);
+    const double in_fp32 = ns_program_cost(&c->program, (int64_t)c->m, (int64_t)c->n) - flops;
+    const double narrow = c->program.dtype == NS_BF16 ? ceiling->bf16_flops : ceiling->fp32_flops;
+    return in_fp32 / ceiling->fp32_flops + (flops - in_fp32) / narrow;
+}
+
 static muonshard_status add_row(ns_case *c, bench_time ours, bench_time plain, double wrong) {
     bench *b = c->b;
     const double matrices = (double)c->s.count;
@@ -141,8 +150,7 @@ static muonshard_status add_row(ns_case *c, bench_time ours, bench_time plain, d
     const double flops_plain =
         (double)b->settings->ns_steps * (4.0 * m * m * n + 2.0 * m * m * m) * matrices;
     const double rate = flops / ours.median;
-    const double share =
-        rate / (c->program.dtype == NS_BF16 ? b->ceilings.bf16_flops : b->ceilings.fp32_flops);
+    const double share = floor_seconds(c) * matrices / ours.median;
     bench_print(b,
                 "  %6zu %6zu %5zu  %-5s %-8s %11.1f %11.1f %11.1f %9.1f %6.1f %12.1f %7.2f %8s\n",
                 c->s.rows, c->s.cols, c->s.count, dtype_text(c->program.dtype),
