@@ -1,8 +1,10 @@
 /* bench_step.c - whole optimizer steps over the tensors of a model file, with a backward pass that
  * only takes its time, and over a link if one is given. */
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -306,8 +308,6 @@ static muonshard_status measure(step_case *c, bool linked) {
 static muonshard_status prepare(step_case *c) {
     bench *b = c->b;
     char message[COMMAND_MESSAGE] = "";
-    snprintf(c->trace, sizeof c->trace, "/tmp/muonshard-bench-%ld-%d.json", (long)getpid(),
-             b->cmd->rank);
     const muonshard_status status = model_file_parse(b->model, message);
     if (status)
         return message_fail(b->message, status, "%s", message);
@@ -320,10 +320,19 @@ static muonshard_status prepare(step_case *c) {
 static muonshard_status create(step_case *c) {
     bench *b = c->b;
     muonshard_config *config = b->cmd->config;
-    muonshard_status status = muonshard_config_set(config, "trace", "/tmp/muonshard-bench-%r.json");
+    /* A name nobody else has, the same for all ranks but for the rank. */
+    uint64_t key = 0;
+    if (b->cmd->rank == 0 && getrandom(&key, sizeof key, 0) != (ssize_t)sizeof key)
+        key = (uint64_t)getpid();
+    muonshard_status status = muonshard_comm_broadcast(b->cmd->comm, &key, sizeof key, 0);
+    if (status)
+        return failed(c, status, muonshard_comm_last_error(b->cmd->comm));
+    char pattern[sizeof c->trace];
+    snprintf(pattern, sizeof pattern, "/tmp/muonshard-%016" PRIx64 "-%%r.json", key);
+    snprintf(c->trace, sizeof c->trace, "/tmp/muonshard-%016" PRIx64 "-%d.json", key, b->cmd->rank);
+    status = muonshard_config_set(config, "trace", pattern);
     if (status)
         return failed(c, status, muonshard_config_last_error(config));
-    snprintf(c->trace, sizeof c->trace, "/tmp/muonshard-bench-%d.json", b->cmd->rank);
     status = muonshard_create(c->comm, config, NULL, &c->optimizer);
     if (status)
         return failed(c, status, muonshard_comm_last_error(c->comm));

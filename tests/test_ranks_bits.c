@@ -115,6 +115,23 @@ static void test_rank_counts(void **state) {
         }
 }
 
+/* Nor do threads, nor instructions that fuse; those the processor lacks are refused. */
+static void test_threads_and_instructions(void **state) {
+    (void)state;
+    static const char *const how[] = {", threads: 1", ", threads: 3", ", threads: 64",
+                                      ", instructions: avx2, threads: 2", ", instructions: avx512"};
+    static const host_isa needs[] = {HOST_PORTABLE, HOST_PORTABLE, HOST_PORTABLE, HOST_AVX2,
+                                     HOST_AVX512};
+    for (size_t m = 0; m < MIXTURES; m++)
+        for (size_t k = 0; k < RULES; k++) {
+            const uint64_t expected = digest_of(&mixtures[m], rules[k], "", "", "", 2, false);
+            for (size_t h = 0; h < sizeof how / sizeof how[0]; h++)
+                if (needs[h] <= host_isa_detect() &&
+                    digest_of(&mixtures[m], rules[k], how[h], "", "", 2, false) != expected)
+                    fail_msg("%s, %s%s: other bits", mixtures[m].name, rules[k], how[h]);
+        }
+}
+
 /* Another seed, and another step, draw other numbers. */
 static void test_seeds_differ(void **state) {
     (void)state;
@@ -130,6 +147,7 @@ int main(void) {
         cmocka_unit_test(test_gather_ownership_and_cuts),
         cmocka_unit_test(test_stochastic_rounding),
         cmocka_unit_test(test_rank_counts),
+        cmocka_unit_test(test_threads_and_instructions),
         cmocka_unit_test(test_seeds_differ),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
