@@ -151,7 +151,7 @@ static int by_start(const void *left, const void *right) {
 
 /* Seconds in which at least one operation of the timeline whose name begins so was under way. */
 static double time_under_way(const json_t *timeline, const char *name) {
-    span spans[1024];
+    span spans[1024] = {{0.0, 0.0}};
     size_t count = 0, i;
     json_t *row;
     json_array_foreach(timeline, i, row) {

@@ -104,12 +104,13 @@ static muonshard_status print_model(const planner *p, char *message) {
     double sum = 0.0, parameters = 0.0;
     char ownership[32] = "";
     error_text error;
-    double *cost = calloc(2 * views + 1, sizeof *cost), *flops = cost + views;
+    double *cost = calloc(2 * views + 1, sizeof *cost);
     if (!cost)
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
-    const muonshard_status status = ownership_price(&p->registry, p->settings, cost, flops, &error);
+    const muonshard_status status =
+        ownership_price(&p->registry, p->settings, cost, cost + views, &error);
     for (size_t i = 0; status == MUONSHARD_OK && i < views; i++)
-        sum += flops[i];
+        sum += cost[views + i];
     free(cost);
     if (status != MUONSHARD_OK)
         return message_fail(message, status, "%s", error.text);

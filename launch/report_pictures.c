@@ -154,7 +154,7 @@ static muonshard_status draw_ns(const report_file *file, FILE *page, char *messa
         "1 with lines lw 1.5 dt 2 lc rgb '#7f8c8d' notitle\n";
     const json_t *ceilings = json_object_get(file->root, "ceilings");
     for (int k = 0; k < 2; k++) {
-        picture p;
+        picture p = {.data = NULL};
         muonshard_status status = begin(&p, message);
         if (status)
             return status;
@@ -185,7 +185,7 @@ static muonshard_status draw_ns(const report_file *file, FILE *page, char *messa
 
 static muonshard_status draw_comm(const report_file *file, FILE *page, char *message) {
     static const char *const ops[] = {"reduce_scatter", "all_gather"};
-    picture p;
+    picture p = {.data = NULL};
     muonshard_status status = begin(&p, message);
     if (status)
         return status;
@@ -229,7 +229,7 @@ static const char *const phase_names[] = {"pack",       "reduce-scatter", "agree
 enum { PHASES = sizeof phase_names / sizeof *phase_names };
 
 static muonshard_status draw_phases(const report_file *file, FILE *page, char *message) {
-    picture p;
+    picture p = {.data = NULL};
     muonshard_status status = begin(&p, message);
     if (status)
         return status;
@@ -275,7 +275,7 @@ static int colour_of(const char *op) {
 }
 
 static muonshard_status draw_timeline(const json_t *timeline, FILE *page, char *message) {
-    picture p;
+    picture p = {.data = NULL};
     if (json_array_size(timeline) == 0)
         return MUONSHARD_OK;
     muonshard_status status = begin(&p, message);
@@ -348,7 +348,7 @@ muonshard_status report_scaling(const report_file *files, size_t count, FILE *pa
             (point){report_number(files[i].root, "ranks"), report_number(row, "step_us.median")};
     }
     qsort(points, found, sizeof *points, by_ranks);
-    picture p;
+    picture p = {.data = NULL};
     if (found < 2 || points[0].ranks == points[found - 1].ranks) {
         free(points);
         return MUONSHARD_OK;

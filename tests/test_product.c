@@ -125,7 +125,7 @@ static void check(product p) {
     const size_t count = p.rows * p.cols;
     const bool exact_products = p.operands != NS_FP32;
     float *first = NULL;
-    for (int isa = host_isa_detect(); isa >= 0; isa--) {
+    for (int isa = (int)host_isa_detect(); isa >= 0; isa--) {
         p.dst = array_of(count, p.stored, 0.0F);
         multiply((host_isa)isa, &p, isa % 2 ? pool : NULL);
         const bool same = first && memcmp(first, p.dst, count * sizeof(float)) == 0;
@@ -156,8 +156,8 @@ static void check_kinds(ns_dtype dtype, size_t m, size_t n) {
                     .rows = m,
                     .cols = m,
                     .depth = n,
-                    .a = {x, false},
-                    .b = {x, false},
+                    .a = {.x = x},
+                    .b = {.x = x},
                     .square = true,
                     .symmetric = true,
                     .alpha = 1.0F});
@@ -166,8 +166,8 @@ static void check_kinds(ns_dtype dtype, size_t m, size_t n) {
                     .rows = m,
                     .cols = m,
                     .depth = m,
-                    .a = {s, true},
-                    .b = {s, true},
+                    .a = {.x = s, .across = true},
+                    .b = {.x = s, .across = true},
                     .square = true,
                     .symmetric = true,
                     .alpha = 0.7F,
@@ -178,8 +178,8 @@ static void check_kinds(ns_dtype dtype, size_t m, size_t n) {
                     .rows = m,
                     .cols = n,
                     .depth = m,
-                    .a = {s, true},
-                    .b = {x, true},
+                    .a = {.x = s, .across = true},
+                    .b = {.x = x, .across = true},
                     .alpha = 1.0F,
                     .beta = 3.4F,
                     .c = x});
@@ -189,8 +189,8 @@ static void check_kinds(ns_dtype dtype, size_t m, size_t n) {
                     .rows = m,
                     .cols = m,
                     .depth = m,
-                    .a = {s, true},
-                    .b = {s, true},
+                    .a = {.x = s, .across = true},
+                    .b = {.x = s, .across = true},
                     .symmetric = true,
                     .alpha = 1.0F,
                     .beta = 0.5F,
@@ -219,14 +219,14 @@ static void test_subnormal(void **state) {
     for (int dtype = NS_FP32; dtype <= NS_BF16; dtype += NS_BF16) {
         float *first = NULL;
         float *x = array_of(m * n, (ns_dtype)dtype, 1e-19F);
-        for (int isa = host_isa_detect(); isa > HOST_PORTABLE; isa--) {
+        for (int isa = (int)host_isa_detect(); isa > HOST_PORTABLE; isa--) {
             product p = {.operands = (ns_dtype)dtype,
                          .stored = (ns_dtype)dtype,
                          .rows = m,
                          .cols = m,
                          .depth = n,
-                         .a = {x, false},
-                         .b = {x, false},
+                         .a = {.x = x},
+                         .b = {.x = x},
                          .square = true,
                          .symmetric = true,
                          .alpha = 1.0F,
@@ -257,8 +257,8 @@ static void test_not_finite(void **state) {
                      .rows = m,
                      .cols = m,
                      .depth = n,
-                     .a = {x, false},
-                     .b = {x, false},
+                     .a = {.x = x},
+                     .b = {.x = x},
                      .square = true,
                      .symmetric = true,
                      .alpha = 1.0F,

@@ -49,17 +49,27 @@ static muonshard_status normalize(const buffers *s, const ns_instruction *op, er
     return MUONSHARD_OK;
 }
 
+/* tf32 is stored as fp32. */
+static bool is_rounded(const ns_program *program, ns_buffer b, ns_dtype operands) {
+    return operands == NS_FP32 || (operands != NS_TF32 && ns_stored(program, b) == operands);
+}
+
 /* Square matrices are symmetric, which saves turning them. */
 static product product_of(const buffers *s, const ns_instruction *op) {
     const bool square = op->kind == NS_SYMMETRIC_PRODUCT;
     const ns_buffer b = square ? op->a : op->b;
-    return (product){.operands = ns_operands(s->program, op),
+    const ns_dtype dtype = ns_operands(s->program, op);
+    return (product){.operands = dtype,
                      .stored = ns_stored(s->program, op->dst),
                      .rows = s->m,
                      .cols = square ? s->m : columns(s, b),
                      .depth = columns(s, op->a),
-                     .a = {s->at[op->a], !ns_is_wide(op->a)},
-                     .b = {s->at[b], !square || !ns_is_wide(b)},
+                     .a = {.x = s->at[op->a],
+                           .across = !ns_is_wide(op->a),
+                           .rounded = is_rounded(s->program, op->a, dtype)},
+                     .b = {.x = s->at[b],
+                           .across = !square || !ns_is_wide(b),
+                           .rounded = is_rounded(s->program, b, dtype)},
                      .square = square,
                      .symmetric = op->kind != NS_PRODUCT,
                      .alpha = op->alpha,

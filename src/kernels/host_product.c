@@ -6,10 +6,9 @@
 
 enum {
     CACHE_LINE = 64,
-    GROUP_BYTES = 4,     /* one fp32 or two bf16 */
-    DEPTH_BLOCK = 512,   /* groups of a panel that stay in the first cache */
-    ROWS_BLOCK = 192,    /* packed rows of as many groups that stay in the second */
-    COLUMNS_BLOCK = 384, /* whose results stay in it while the whole depth goes by */
+    DEPTH_BLOCK = 512,   /* groups whose panel of b stays in the nearer caches */
+    ROWS_BLOCK = 192,    /* packed rows of as many groups, which stay in the second */
+    COLUMNS_BLOCK = 384, /* whose results stay cached while the whole depth goes by */
     SHARED_BLOCK = 96,   /* columns, where threads share a product */
     STRIP = 16           /* steps of the depth that are turned at once */
 };
@@ -52,6 +51,8 @@ static void read_strip(uint32_t *strip, const tile_kernel *kernel, const product
             memcpy(strip + i * panel, x + (k + i) * sides + side, width * sizeof *strip);
     else
         kernel->turn(strip, panel, x + side * p->depth + k, p->depth, width, steps);
+    if (from->rounded)
+        return;
     float *value = (float *)(void *)strip;
     if (p->operands == NS_BF16)
         kernel->store(value, value, NULL, steps * panel, (tile_scale){.alpha = 1.0F, .bf16 = true});
@@ -90,10 +91,13 @@ static void pack(const packed *to, const product *p, const product_operand *from
         const size_t width = smaller(kernel->panel, count - j);
         for (size_t k = 0; k < p->depth; k += STRIP) {
             const size_t steps = smaller(STRIP, p->depth - k);
-            uint32_t *strip = pairs ? local : panel + k * kernel->panel;
-            read_strip(strip, kernel, p, from, sides, first + j, k, steps, width);
-            if (pairs)
-                put_pairs(panel, kernel, strip, k, steps);
+            if (!pairs) {
+                read_strip(panel + k * kernel->panel, kernel, p, from, sides, first + j, k, steps,
+                           width);
+                continue;
+            }
+            read_strip(local, kernel, p, from, sides, first + j, k, steps, width);
+            put_pairs(panel, kernel, local, k, steps);
         }
     }
 }

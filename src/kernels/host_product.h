@@ -14,6 +14,7 @@
 typedef struct product_operand {
     const float *x;
     bool across;
+    bool rounded; /* to `operands` already */
 } product_operand;
 
 /* dst [rows, cols] = alpha a b + beta c. Elements of a and b are rounded to `operands` as they

@@ -44,7 +44,7 @@ enum { PARTS = 32 };
 
 /* Partial sums, more than vectors of any width need to keep adding: all widths give the same bits.
  */
-HOST_WIDE double host_sum_squares(const float *x, size_t count) {
+HOST_WIDE static double sum_squares(const float *x, size_t count) {
     double part[PARTS] = {0.0};
     size_t i = 0;
     for (; i + PARTS <= count; i += PARTS)
@@ -56,6 +56,10 @@ HOST_WIDE double host_sum_squares(const float *x, size_t count) {
         for (size_t k = 0; k < half; k++)
             part[k] += part[k + half];
     return part[0];
+}
+
+double host_sum_squares(const float *x, size_t count) {
+    return sum_squares(x, count);
 }
 
 static void measure(void *user, size_t index, int thread) {
