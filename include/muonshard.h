@@ -128,7 +128,11 @@ MUONSHARD_API muonshard_status muonshard_comm_create_self(const muonshard_comm_o
 MUONSHARD_API muonshard_status
 muonshard_comm_create_callbacks(const muonshard_comm_callbacks *callbacks,
                                 const muonshard_comm_options *options, muonshard_comm **comm);
-/* For MPI see muonshard_mpi.h. */
+/* For MPI see muonshard_mpi.h. For an ncclComm_t use muonshard_comm_create_nccl of muonshard_nccl.h,
+ * which calls this: `function` is the program's address of ncclCommCount. */
+MUONSHARD_API muonshard_status
+muonshard_comm_adopt_nccl(void *nccl_comm, void (*function)(void),
+                          const muonshard_comm_options *options, muonshard_comm **comm);
 
 /* This rank, from 0, and the number of ranks. Local. */
 MUONSHARD_API int muonshard_comm_rank(const muonshard_comm *comm);
@@ -237,9 +241,12 @@ typedef struct muonshard_options {
      * groups (expert or pipeline parallel) take one step together; each of its ranks steps exactly
      * one optimizer at a time. Borrowed. */
     muonshard_comm *agree_comm;
+    /* cudaStream_t on which gradients become final and parameters are read, for calls that name
+     * none. NULL: the default stream. Not used by the host backend. */
+    void *stream;
 } muonshard_options;
 #define MUONSHARD_OPTIONS_INIT                                                                     \
-    { sizeof(muonshard_options), NULL }
+    { sizeof(muonshard_options), NULL, NULL }
 
 /* Copies the config, borrows the communicator until destroy. `options` may be NULL. Collective; a
  * local error is everybody's. ERR_MISMATCH: the ranks' configs differ (the message names rank and
@@ -249,6 +256,9 @@ MUONSHARD_API muonshard_status muonshard_create(muonshard_comm *comm,
                                                 const muonshard_config *config,
                                                 const muonshard_options *options,
                                                 muonshard_optimizer **optimizer);
+
+/* "host" or "cuda": in whose memory parameters and gradients have to be. Local. */
+MUONSHARD_API const char *muonshard_backend(const muonshard_optimizer *optimizer);
 
 typedef enum muonshard_dtype {
     MUONSHARD_DTYPE_OF_PARAM = -1, /* of a gradient only */
@@ -378,10 +388,10 @@ typedef struct muonshard_step_args {
     double grad_scale;        /* gradients are multiplied by it (1 / loss scale) */
     const muonshard_group_args *groups;
     size_t group_count;
-    void *stream; /* cudaStream_t on which gradients are ready and parameters will be; NULL on the
-                     host */
-    int defer; /* non-zero: return when the last all-gather has started; see muonshard_tensor_wait
-                */
+    void *stream; /* cudaStream_t on which gradients are ready and parameters will be; NULL: that of
+                     muonshard_options */
+    int defer; /* non-zero: return when the last all-gather has started; see muonshard_tensor_wait.
+                  On a GPU the stream then waits for no parameters but through that call */
 } muonshard_step_args;
 #define MUONSHARD_STEP_ARGS_INIT                                                                   \
     {                                                                                              \
@@ -401,7 +411,7 @@ typedef struct muonshard_step_result_info {
     { sizeof(muonshard_step_result_info), 0, 0, 0, 0.0, 0.0 }
 
 /* Entries [first, first+count) of a stack (a tensor that is no stack has one entry) hold their
- * final gradient: their reduce-scatter may start under the rest of the backward pass. They must not
+ * final gradient (on a GPU: where the stream of muonshard_options is now): their reduce-scatter may start under the rest of the backward pass. They must not
  * change until the step returns. Optional: muonshard_step marks what is left. Local call; what it
  * starts is collective, in one order on all ranks; ranks that mark in different orders use no other
  * collective of this communicator until the step returns. ERR_ARGUMENT: range, marked twice;
@@ -411,12 +421,16 @@ MUONSHARD_API muonshard_status muonshard_grad_ready(muonshard_optimizer *optimiz
 /* One optimizer step, once per accumulated gradient. `args` may be NULL. Collective. A non-finite
  * gradient anywhere skips the step everywhere: OK is returned and muonshard_step_result says so. An
  * error found before the first collective is returned by all ranks and nothing changes; a later one
- * ends by the deadline (ERR_TIMEOUT, ERR_COMM) and kills the handle. */
+ * ends by the deadline (ERR_TIMEOUT, ERR_COMM) and kills the handle.
+ *
+ * On a GPU the call doesn't wait for the device: it returns when the step is enqueued, and waits at
+ * most for the step before the last one. So an error of this rank is returned here, one of another
+ * rank by muonshard_step_result. The calling thread's current device becomes the optimizer's. */
 MUONSHARD_API muonshard_status muonshard_step(muonshard_optimizer *optimizer,
                                               const muonshard_step_args *args);
 /* The outcome of step number `step` (0: the latest; the last 16 are kept). wait = 0: ERR_STATE if
- * not known yet; otherwise the step is finished first. Local, or collective where it finishes a
- * deferred step. */
+ * not known yet; otherwise the step is finished first (on a GPU: waited for). A step in which a rank
+ * had an error returns it. Local, or collective where it finishes a deferred step. */
 MUONSHARD_API muonshard_status muonshard_step_result(muonshard_optimizer *optimizer, int64_t step,
                                                      int wait, muonshard_step_result_info *result);
 /* After a deferred step: entries [first, first+count) have their new value when it returns (on a
@@ -448,11 +462,12 @@ typedef struct muonshard_stats_info {
     int64_t bytes_state;     /* momentum and AdamW state on this rank */
     int64_t bytes_workspace; /* everything else the optimizer allocated on this rank */
     double grad_norm;        /* latest */
+    int64_t bytes_pinned;    /* memory of the host that a device copies to and from */
 } muonshard_stats_info;
 #define MUONSHARD_STATS_INIT                                                                       \
     {                                                                                              \
         sizeof(muonshard_stats_info), 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0,   \
-            0, 0.0, 0, 0, 0, 0, 0, 0, 0.0                                                          \
+            0, 0.0, 0, 0, 0, 0, 0, 0, 0.0, 0                                                       \
     }
 
 /* Local. ERR_ARGUMENT, ERR_STATE: before commit. */

@@ -208,6 +208,16 @@ const muonshard_param settings_table[] = {
 
     CHOICE("backend", backend, "auto", "auto|host|cuda",
            "Who computes; auto: cuda where it can be had, else host."),
+    CHOICE("comm", comm, "auto", "auto|self|mpi|nccl",
+           "What moves tensors between ranks; auto: nccl on GPUs where it can be had, else the "
+           "communicator the program came with; mpi on GPUs: through pinned memory of the host."),
+    BOOL("share_gpu", share_gpu, "false",
+         "Several ranks may use one GPU, without overlap; for tests, not for speed."),
+    BOOL("deterministic", deterministic, "false",
+         "Over NCCL gradients are exchanged and summed in rank order: bits as over MPI at any number "
+         "of ranks; otherwise NCCL sums fp32 itself, in an order of its own."),
+    BOOL("cuda_graphs", cuda_graphs, "true",
+         "What a GPU computes between two collectives is launched as one CUDA graph."),
     INT("threads", threads, "0", 0, 4096,
         "Threads of a rank on the host, a matrix each; 0: the cores the rank may run on, divided "
         "among the ranks that may run on them."),

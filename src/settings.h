@@ -65,6 +65,9 @@ typedef enum gather_mode { GATHER_AUTO, GATHER_UPDATES, GATHER_PARAMS } gather_m
 /* Where the fp32 values of 16-bit parameters are kept. */
 typedef enum master_mode { MASTER_AUTO, MASTER_OWNER, MASTER_REPLICATED, MASTER_NONE } master_mode;
 typedef enum rounding_mode { ROUNDING_NEAREST, ROUNDING_STOCHASTIC } rounding_mode;
+/* What moves tensors; auto: nccl where the backend is cuda and there are several ranks, otherwise the
+ * communicator the program gives. */
+typedef enum comm_choice { COMM_AUTO, COMM_SELF, COMM_MPI, COMM_NCCL } comm_choice;
 typedef enum ownership_policy { OWNERSHIP_ROUND_ROBIN, OWNERSHIP_BALANCED } ownership_policy;
 
 typedef struct settings {
@@ -109,7 +112,11 @@ typedef struct settings {
     int64_t seed;           /* of stochastic rounding */
     int64_t check_replicas; /* every N steps; 0: off */
     /* the machine */
-    int backend;      /* backend_choice */
+    int backend;       /* backend_choice */
+    int comm;          /* comm_choice */
+    int share_gpu;     /* ranks may share a device */
+    int deterministic; /* over NCCL: sums in rank order */
+    int cuda_graphs;
     int64_t threads;  /* 0: auto */
     int instructions; /* 0: auto, else 1 + host_isa */
     int64_t

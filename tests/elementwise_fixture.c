@@ -1,3 +1,4 @@
+#include "mirror_backend.h" /* before cmocka.h, whose macro `fail` would hide a function */
 #include "elementwise_fixture.h"
 
 #include <math.h>
@@ -12,7 +13,11 @@ backend *host;
 
 int open_host(void **state) {
     (void)state;
-    return backend_open_host((host_options){.isa = host_isa_detect(), .threads = 2}, &host, NULL);
+    error_text error = {""};
+    const muonshard_status status = test_backend_open(&host, &error);
+    if (status)
+        print_error("%s\n", error.text);
+    return status;
 }
 
 int close_host(void **state) {

@@ -13,9 +13,10 @@ include/muonshard_mpi.h    | include/muonshard.h <mpi.h>
 include/muonshard_nccl.h   | include/muonshard.h <nccl.h>
 src/optim/*                | include/muonshard.h BASE src/optim/* src/comm/comm.h src/kernels/backend.h SYSTEM
 src/comm/mpi*              | include/muonshard.h BASE src/comm/* src/kernels/backend.h SYSTEM include/muonshard_mpi.h <mpi.h>
-src/comm/nccl*             | include/muonshard.h BASE src/comm/* src/kernels/backend.h SYSTEM include/muonshard_nccl.h <nccl.h> <cuda*>
+src/comm/nccl*             | include/muonshard.h BASE src/comm/* src/kernels/backend.h src/kernels/plugin.h SYSTEM <nccl.h> <cuda*>
 src/comm/*                 | include/muonshard.h BASE src/comm/* src/kernels/backend.h SYSTEM
-src/kernels/cuda*          | include/muonshard.h BASE src/kernels/* SYSTEM <cu*> <nvtx*>
+src/kernels/cuda_plugin.c  | include/muonshard.h BASE src/kernels/* src/comm/nccl_comm.h
+src/kernels/cuda*          | include/muonshard.h BASE src/kernels/* SYSTEM <cu*> <nvtx*> tests/fake_cuda/cuda_emulation.h
 src/kernels/host*          | include/muonshard.h BASE src/kernels/* SYSTEM <cblas.h>
 src/kernels/*              | include/muonshard.h BASE src/kernels/* SYSTEM
 src/settings.h             | include/muonshard.h BASE SYSTEM src/kernels/backend.h
@@ -45,7 +46,7 @@ reserved() {
 # Sets target: the path from the root of what FILE names by HEADER, or <HEADER>. Both kinds of brackets find the same files.
 resolve() { # FILE HEADER
     local dir
-    for dir in "${1%/*}" src include launch launch/gpt; do
+    for dir in "${1%/*}" src include launch launch/gpt tests/fake_cuda; do
         [ -f "$dir/$2" ] || continue
         target=$dir/$2
         case $2 in *./*) target=$(realpath --relative-to=. "$target") ;; esac

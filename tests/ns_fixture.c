@@ -1,3 +1,4 @@
+#include "mirror_backend.h" /* before cmocka.h, whose macro `fail` would hide a function */
 #include "ns_fixture.h"
 
 #include <stdarg.h>
@@ -78,9 +79,7 @@ void ns_run(const ns_program *program, int64_t r, int64_t c, float *const *u, fl
     const size_t out_bytes = in_place ? bytes : elements * dtype_size(dtype);
     backend *host = NULL;
     error_text error;
-    assert_int_equal(
-        backend_open_host((host_options){.isa = host_isa_detect(), .threads = 2}, &host, &error),
-        MUONSHARD_OK);
+    assert_int_equal(test_backend_open(&host, &error), MUONSHARD_OK);
     const size_t size = host->ops->orthogonalize_workspace(host, program, m, n, count);
     void *workspace;
     assert_int_equal(host->ops->alloc(host, &workspace, size + GUARD), MUONSHARD_OK);

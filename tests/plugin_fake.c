@@ -7,7 +7,8 @@
 #define FAKE_ABI PLUGIN_ABI
 #endif
 
-static muonshard_status open_nothing(backend **out, error_text *error) {
+static muonshard_status open_nothing(cuda_options options, backend **out, error_text *error) {
+    (void)options;
     *out = NULL;
     memcpy(error->text, "fake: no device", sizeof "fake: no device");
     return MUONSHARD_ERR_UNAVAILABLE;
@@ -16,6 +17,6 @@ static muonshard_status open_nothing(backend **out, error_text *error) {
 __attribute__((visibility("default"))) const plugin_entry *muonshard_cuda_plugin(void);
 
 const plugin_entry *muonshard_cuda_plugin(void) {
-    static const plugin_entry entry = {FAKE_ABI, open_nothing};
+    static const plugin_entry entry = {.abi = FAKE_ABI, .open = open_nothing};
     return &entry;
 }

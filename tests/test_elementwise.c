@@ -247,10 +247,10 @@ static void test_momentum_in_pieces(void **state) {
                 float *u = random_array(MUONSHARD_FP32, n, -1.0, 1.0);
                 float *u2 = copy_of(u, n * sizeof *u);
                 const uint16_t *w = random_array(MUONSHARD_FP16, n, -1.0, 1.0);
-                const momentum_item whole = {u, m, w, MUONSHARD_FP16, n, TENSOR};
+                const momentum_item whole = {u, m, w, MUONSHARD_FP16, n, TENSOR, NULL};
                 const momentum_item pieces[] = {
-                    {u2, m2, w, MUONSHARD_FP16, cut, TENSOR},
-                    {u2 + cut, m2 + cut * width, w + cut, MUONSHARD_FP16, n - cut, TENSOR}};
+                    {u2, m2, w, MUONSHARD_FP16, cut, TENSOR, NULL},
+                    {u2 + cut, m2 + cut * width, w + cut, MUONSHARD_FP16, n - cut, TENSOR, NULL}};
                 host->ops->momentum(host, &context, &args, &whole, 1);
                 host->ops->momentum(host, &context, &args, pieces, 2);
                 assert_same(m, m2, n * width, "M in pieces");

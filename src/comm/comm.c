@@ -41,6 +41,7 @@ muonshard_status comm_create(const comm_ops *ops, void *impl, int rank, int size
     comm->impl = impl;
     comm->rank = rank;
     comm->size = size;
+    comm->sums_fp32 = comm->sums_16bit = ops->native_reduce_scatter;
     comm->options = own;
     if (gethostname(comm->host, sizeof comm->host) != 0)
         snprintf(comm->host, sizeof comm->host, "unknown");
@@ -113,22 +114,103 @@ static muonshard_status check_request(muonshard_comm *comm, const comm_request *
         FAIL_IF(part->bytes % dtype_size(part->dtype), &comm->error, MUONSHARD_ERR_INTERNAL,
                 "reduce-scatter: a slot of %zu bytes is no whole number of %s", part->bytes,
                 dtype_name(part->dtype));
-        FAIL_IF(comm_needs_scratch(comm) && part->bytes && (!part->scratch || !request->backend),
+        FAIL_IF(!comm_sums(comm, part->dtype) && part->bytes &&
+                    (!part->scratch || !request->backend),
                 &comm->error, MUONSHARD_ERR_INTERNAL,
                 "reduce-scatter over %s needs scratch and a backend", comm->ops->name);
     }
     return MUONSHARD_OK;
 }
 
+/* ---- memory of a device, for transports that don't know it ---- */
+
+/* What is sent of a part, in bytes. */
+static size_t sent_bytes(const muonshard_comm *comm, const comm_request *request, size_t bytes) {
+    switch (request->kind) {
+    case COMM_EXCHANGE:
+    case COMM_REDUCE_SCATTER: return (size_t)comm->size * bytes;
+    case COMM_ALL_GATHER: return bytes;
+    case COMM_BROADCAST: return comm->rank == request->root ? bytes : 0;
+    }
+    return 0;
+}
+
+static muonshard_status failed_backend(muonshard_comm *comm, const comm_request *request,
+                                       muonshard_status status) {
+    return status ? fail(&comm->error, status, "%s", request->backend->error.text) : MUONSHARD_OK;
+}
+
+static muonshard_status bring_down(muonshard_comm *comm, const comm_request *request) {
+    backend *memory = request->backend;
+    for (size_t i = 0; i < request->part_count; i++) {
+        const comm_part *part = &request->parts[i], *host = &request->host_parts[i];
+        const bool in_place = request->kind == COMM_BROADCAST;
+        const copy_item item = {in_place ? host->recv : (void *)(uintptr_t)host->send,
+                                in_place ? part->recv : part->send,
+                                sent_bytes(comm, request, part->bytes)};
+        TRY(failed_backend(comm, request,
+                           memory->streams->copy_async(memory, &item, 1, request->stream)));
+    }
+    return failed_backend(comm, request,
+                          memory->streams->stamp(memory, request->stamp, request->stream));
+}
+
+static muonshard_status bring_up(muonshard_comm *comm, const comm_request *request) {
+    backend *memory = request->backend;
+    for (size_t i = 0; i < request->part_count; i++) {
+        const comm_part *part = &request->parts[i], *host = &request->host_parts[i];
+        const bool one = request->kind == COMM_BROADCAST;
+        const copy_item item = {comm_exchange_target(request, part),
+                                comm_exchange_target(request, host),
+                                one ? part->bytes : (size_t)comm->size * part->bytes};
+        TRY(failed_backend(comm, request,
+                           memory->streams->copy_async(memory, &item, 1, request->stream)));
+    }
+    return MUONSHARD_OK;
+}
+
+/* The transport sees the request with the host's parts. */
+static muonshard_status hand_over(muonshard_comm *comm, comm_ticket *ticket) {
+    const comm_part *parts = ticket->request.parts;
+    ticket->request.parts = ticket->request.host_parts;
+    const muonshard_status status = comm->ops->start(comm, ticket);
+    ticket->request.parts = parts;
+    return status;
+}
+
+/* Until the device is past what is sent, nothing is given to the transport. */
+static muonshard_status test_staged(muonshard_comm *comm, comm_ticket *ticket, bool *arrived) {
+    const comm_request *request = &ticket->request;
+    if (ticket->coming_down) {
+        bool passed = false;
+        TRY(failed_backend(comm, request,
+                           request->backend->streams->stamp_passed(request->backend,
+                                                                   request->stamp, &passed)));
+        if (!passed)
+            return MUONSHARD_OK;
+        ticket->coming_down = false;
+        TRY(hand_over(comm, ticket));
+    }
+    TRY(comm->ops->test(comm, ticket, arrived));
+    return *arrived ? bring_up(comm, request) : MUONSHARD_OK;
+}
+
+/* ---- starting and testing ---- */
+
 muonshard_status comm_start(muonshard_comm *comm, const comm_request *request,
                             comm_ticket *ticket) {
-    ticket->request = *request;
-    ticket->impl = NULL;
-    ticket->open = false;
+    *ticket = (comm_ticket){.request = *request};
     if (comm->dead)
         return comm->dead;
     TRY(check_request(comm, request));
-    TRY(comm->ops->start(comm, ticket));
+    if (comm_is_staged(comm, request->backend)) {
+        FAIL_IF(request->part_count && !request->host_parts, &comm->error, MUONSHARD_ERR_INTERNAL,
+                "%s carries memory of the host only", comm->ops->name);
+        TRY(bring_down(comm, request));
+        ticket->coming_down = true;
+    } else {
+        TRY(comm->ops->start(comm, ticket));
+    }
     ticket->open = true;
     return MUONSHARD_OK;
 }
@@ -136,7 +218,7 @@ muonshard_status comm_start(muonshard_comm *comm, const comm_request *request,
 static muonshard_status sum_in_rank_order(muonshard_comm *comm, const comm_request *request) {
     for (size_t i = 0; i < request->part_count; i++) {
         const comm_part *part = &request->parts[i];
-        if (!part->bytes)
+        if (!part->bytes || comm_sums(comm, part->dtype))
             continue;
         const sum_ranks_args args = {.dst = part->recv,
                                      .received = part->scratch,
@@ -163,11 +245,14 @@ muonshard_status comm_test(muonshard_comm *comm, comm_ticket *ticket, bool *done
         return MUONSHARD_OK;
     }
     bool arrived = false;
-    TRY(comm->ops->test(comm, ticket, &arrived));
+    if (comm_is_staged(comm, ticket->request.backend))
+        TRY(test_staged(comm, ticket, &arrived));
+    else
+        TRY(comm->ops->test(comm, ticket, &arrived));
     if (!arrived)
         return MUONSHARD_OK;
     ticket->open = false;
-    if (ticket->request.kind == COMM_REDUCE_SCATTER && comm_needs_scratch(comm))
+    if (ticket->request.kind == COMM_REDUCE_SCATTER)
         TRY(sum_in_rank_order(comm, &ticket->request));
     *done = true;
     return MUONSHARD_OK;
@@ -175,7 +260,7 @@ muonshard_status comm_test(muonshard_comm *comm, comm_ticket *ticket, bool *done
 
 /* Spins while an answer is a matter of microseconds, then leaves the core to ranks that share it.
  */
-static void back_off(double waited_s) {
+void comm_back_off(double waited_s) {
     if (waited_s < 20e-6)
         return;
     if (waited_s < 500e-6) {
@@ -187,7 +272,7 @@ static void back_off(double waited_s) {
     nanosleep(&pause, NULL);
 }
 
-static muonshard_status time_out(muonshard_comm *comm, double timeout_s) {
+muonshard_status comm_time_out(muonshard_comm *comm, double timeout_s) {
     char step[32] = "", others[640] = "";
     if (comm->position.step > 0)
         snprintf(step, sizeof step, "step %lld, ", (long long)comm->position.step);
@@ -210,9 +295,14 @@ muonshard_status comm_wait(muonshard_comm *comm, comm_ticket *ticket, double tim
         if (done)
             return MUONSHARD_OK;
         if (waited > timeout_s)
-            return time_out(comm, timeout_s);
-        back_off(waited);
+            return comm_time_out(comm, timeout_s);
+        comm_back_off(waited);
     }
+}
+
+muonshard_status comm_check(muonshard_comm *comm) {
+    TRY(comm->dead);
+    return comm->ops->check ? comm->ops->check(comm) : MUONSHARD_OK;
 }
 
 muonshard_status comm_run(muonshard_comm *comm, const comm_request *request) {

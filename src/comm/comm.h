@@ -26,9 +26,11 @@ typedef enum comm_kind {
 typedef struct comm_part {
     const void *send;
     void *recv;
-    void *scratch; /* reduce-scatter on a transport without a native one; comm_needs_scratch says */
+    void *scratch; /* reduce-scatter on a transport without a native one; unless comm_sums */
     size_t bytes;  /* a slot, of what is sent */
     muonshard_dtype dtype; /* reduce-scatter: of what is sent; it is summed in fp32 */
+    const uint8_t *filled; /* NULL: all; or [size]: slots of ranks whose flag is 0 mean nothing, and
+                              need not travel */
 } comm_part;
 
 /* Several parts travel together: one NCCL group, one batch of messages. The parts array is borrowed
@@ -41,6 +43,10 @@ typedef struct comm_request {
     backend
         *backend; /* whose memory the parts are, and who sums; NULL: host memory, nothing to sum */
     backend_stream stream;
+    /* Staged (comm_is_staged): the same parts in pinned memory of the host, and a stamp of the
+     * backend's that is free until the request is done. */
+    const comm_part *host_parts;
+    size_t stamp;
 } comm_request;
 
 /* An operation under way. The caller keeps it where it is until done. `impl` is the transport's. */
@@ -48,6 +54,7 @@ typedef struct comm_ticket {
     comm_request request;
     void *impl;
     bool open;
+    bool coming_down; /* staged: what is sent is on its way to the host */
 } comm_ticket;
 
 /* Where a rank is in its step: what a timeout reports about it and about the others. */
@@ -58,7 +65,8 @@ typedef struct comm_position {
 
 typedef struct comm_ops {
     const char *name;
-    bool native_reduce_scatter;
+    bool native_reduce_scatter; /* in fp32 whatever is sent; comm_create sets `sums` by it */
+    bool on_stream; /* takes any backend's memory; done means that it is in the stream's order */
     bool writes_after_death; /* what never completed may still write to its buffers */
     /* Begins the ticket's request; same order on every rank; never waits for another rank.
      * (callbacks may: it says so.) Without native_reduce_scatter that kind is an exchange into
@@ -68,6 +76,8 @@ typedef struct comm_ops {
     /* Sets *done when the request's recv buffers are final and its send buffers free. Never waits.
      */
     muonshard_status (*test)(muonshard_comm *comm, comm_ticket *ticket, bool *done);
+    /* Optional: whether what is on a stream has met an error; through comm_die. */
+    muonshard_status (*check)(muonshard_comm *comm);
     /* Optional: publishes this rank's position where others can read it without its help. */
     void (*mark)(muonshard_comm *comm, const comm_position *position);
     /* Optional: "rank 1: step 12, momentum batch 2; …" of the ranks that are behind; like snprintf.
@@ -80,6 +90,7 @@ struct muonshard_comm {
     const comm_ops *ops;
     void *impl;
     int rank, size;
+    bool sums_fp32, sums_16bit; /* reduce-scatters of these are native */
     muonshard_comm_options options;
     char host[64];
     comm_position position;
@@ -92,8 +103,12 @@ muonshard_status comm_create(const comm_ops *ops, void *impl, int rank, int size
                              const muonshard_comm_options *options, muonshard_comm **comm)
     PRIVATE_API(comm_create);
 
-static inline bool comm_needs_scratch(const muonshard_comm *comm) {
-    return !comm->ops->native_reduce_scatter;
+static inline bool comm_sums(const muonshard_comm *comm, muonshard_dtype dtype) {
+    return dtype == MUONSHARD_FP32 ? comm->sums_fp32 : comm->sums_16bit;
+}
+/* The transport knows memory of the host only: what the backend has goes through pinned memory. */
+static inline bool comm_is_staged(const muonshard_comm *comm, const backend *memory) {
+    return memory && memory->streams && !comm->ops->on_stream;
 }
 
 /* Where an exchange puts what it receives; a reduce-scatter without a native one is an exchange. */
@@ -110,6 +125,17 @@ muonshard_status comm_test(muonshard_comm *comm, comm_ticket *ticket, bool *done
 muonshard_status comm_wait(muonshard_comm *comm, comm_ticket *ticket, double timeout_s);
 /* start + wait with the communicator's own deadline. */
 muonshard_status comm_run(muonshard_comm *comm, const comm_request *request);
+
+/* NCCL between the backend's devices, beside `bootstrap`, which stays borrowed; *out is left as it is
+ * on failure. Collective; one rank's failure is everybody's. ERR_UNAVAILABLE. */
+muonshard_status comm_open_nccl(muonshard_comm *bootstrap, backend *memory, bool deterministic,
+                                muonshard_comm **out, error_text *error);
+/* Errors of what is under way on a stream. */
+muonshard_status comm_check(muonshard_comm *comm);
+/* No completion by the deadline: the communicator is dead, ERR_TIMEOUT. */
+muonshard_status comm_time_out(muonshard_comm *comm, double timeout_s);
+/* Between two looks at something that was not done `waited_s` after it began. */
+void comm_back_off(double waited_s);
 
 /* What the rank does now; kept for timeouts and published where the transport can. */
 void comm_mark(muonshard_comm *comm, int64_t step, const char *format, ...) PRIVATE_API(comm_mark)

@@ -51,6 +51,7 @@ static void self_destroy(muonshard_comm *comm) {
 /* The sum over one rank is a copy to fp32: native. */
 static const comm_ops self_ops = {.name = "self",
                                   .native_reduce_scatter = true,
+                                  .on_stream = true,
                                   .start = self_start,
                                   .test = self_test,
                                   .destroy = self_destroy};

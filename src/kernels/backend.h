@@ -28,7 +28,8 @@ typedef enum backend_stream { STREAM_COMPUTE, STREAM_COMM, STREAM_COUNT } backen
 /* What all ranks agreed on for this step. Backend memory; written by `resolve`. */
 typedef struct step_record {
     int32_t skip;      /* nothing may change */
-    int32_t failed;    /* some rank had an error before the collectives */
+    int32_t failed;    /* some rank had an error before the collectives: 1 + the lowest such */
+    int32_t status;    /* of that rank; 0: its values differ from rank 0's */
     float grad_factor; /* multiplies the summed gradient: clip factor, grad_scale and 1/N in one */
     float clip_factor;
     double grad_norm;
@@ -107,7 +108,7 @@ typedef struct sum_squares_item { /* *out = sum of x^2 in fp64; not finite iff a
 } sum_squares_item;
 
 /* The agree words of all ranks, turned into the record and the active flags. A word is [stride]
- * fp64: 0 or a failure, a flag a tensor (1: this rank had a gradient), sums of squares, and what
+ * fp64: 0 or the status of a failure, a flag a tensor (1: this rank had a gradient), sums of squares, and what
  * has to be equal on all ranks. Sums are added in the order of `sum_index`, so that the norm
  * doesn't depend on who owned what. */
 typedef struct resolve_args {
@@ -120,7 +121,7 @@ typedef struct resolve_args {
     uint8_t *active;               /* [tensor_count], out */
     const size_t *sum_index;       /* [sum_count] into words */
     size_t sum_count;
-    double *total;    /* [2] out: 0 or 1 for a failure somewhere, sum of squares once scaled */
+    double *total;    /* [2] out: 0 or the status of a failure, sum of squares once scaled */
     double scale;     /* grad_scale and 1/N in one */
     double sum_scale; /* sqrt(sum) times it is the norm: `scale`, or 1 for totals of groups, each of
                          which has scaled its own */
@@ -136,18 +137,20 @@ typedef struct momentum_args {
 } momentum_args;
 
 typedef struct momentum_item {
-    float *g_u;     /* [count] in: summed gradient, out: update direction U */
+    float *g_u;      /* [count] in: summed gradient, out: update direction U */
     void *momentum; /* [count] of args.dtype */
     const void *w;  /* [count] of w_dtype; read with l2 only */
     muonshard_dtype w_dtype;
     size_t count;
     int tensor;
+    double *squares; /* NULL, or out: the sum of U^2 */
 } momentum_item;
 
 typedef struct orthogonalize_item {
     const float *u; /* [m, n], or [n, m] when transposed */
     void *out;      /* likewise, in the dtype ns_program_output names; may be u */
     bool transposed;
+    const double *squares; /* NULL, or the sum of u^2, for who has a use for it */
 } orthogonalize_item;
 
 /* NorMuon: v = beta2 v + (1-beta2) mean(U^2) a row (by_rows; v is [rows]) or a column (v is
@@ -269,12 +272,66 @@ typedef struct backend_ops {
     void (*destroy)(backend *self);
 } backend_ops;
 
+/* Compute operations between two collectives, as one launch. */
+typedef enum segment_state {
+    SEGMENT_RUN,   /* run the operations, then end_segment */
+    SEGMENT_REPLAY /* they are on their way, as they were the last time: leave them out */
+} segment_state;
+
+/* What a backend has beside when its streams run by themselves and its memory is not the host's.
+ * None of these waits for the device. */
+typedef struct stream_ops {
+    /* Memory of the host that copy_async knows. Zeroed. */
+    muonshard_status (*alloc_pinned)(backend *self, void **memory, size_t bytes);
+    void (*free_pinned)(backend *self, void *memory);
+    /* Memory of the host is pinned and stays as it is until the stream is past the copy. */
+    muonshard_status (*copy_async)(backend *self, const copy_item *items, size_t count,
+                                   backend_stream stream);
+    /* A few bytes of the host's, which may change as soon as the call returns. */
+    muonshard_status (*write)(backend *self, void *dst, const void *src, size_t bytes,
+                              backend_stream stream);
+    /* `stream` waits for what the caller's stream has been given so far; or the other way round. */
+    muonshard_status (*join_from)(backend *self, void *native, backend_stream stream);
+    muonshard_status (*join_to)(backend *self, void *native, backend_stream stream);
+    /* Room for stamps [0, count). A stamp is passed when its stream gets there. */
+    muonshard_status (*alloc_stamps)(backend *self, size_t count);
+    muonshard_status (*stamp)(backend *self, size_t index, backend_stream stream);
+    /* Of the latest stamp of this index. Errors of the device come out here. */
+    muonshard_status (*stamp_passed)(backend *self, size_t index, bool *passed);
+    /* What the caller's stream is given next waits for the latest stamp of this index. */
+    muonshard_status (*wait_stamp)(backend *self, size_t index, void *native);
+    /* From one stamp that is passed to another. */
+    muonshard_status (*stamp_seconds)(backend *self, size_t from, size_t to, double *seconds);
+    /* Segment `index` of [0, count), which is the same as the last time if `version` is. Nothing of
+     * it may be copied to or from the host but through `write` of what never changes. */
+    muonshard_status (*alloc_segments)(backend *self, size_t count);
+    muonshard_status (*begin_segment)(backend *self, size_t index, uint64_t version,
+                                      segment_state *state);
+    muonshard_status (*end_segment)(backend *self, size_t index);
+    void *(*native)(backend *self, backend_stream stream); /* cudaStream_t */
+    /* For profilers: what is launched between begin and end. */
+    void (*range_begin)(backend *self, const char *name);
+    void (*range_end)(backend *self);
+} stream_ops;
+
 struct backend {
     const backend_ops *ops;
+    const stream_ops *streams; /* NULL: every call runs to its end, in memory of the host */
     void *impl;
     int threads; /* matrices that are worked on at a time, unless all of a batch are */
+    uint8_t device[16];   /* the device's unique name; zeros: none */
+    char device_text[96]; /* for people; empty: none */
     error_text error;
 };
+
+/* A few bytes into backend memory, in the stream's order. */
+static inline muonshard_status backend_write(backend *self, void *dst, const void *src,
+                                             size_t bytes, backend_stream stream) {
+    if (self->streams)
+        return self->streams->write(self, dst, src, bytes, stream);
+    const copy_item item = {dst, src, bytes};
+    return self->ops->copy(self, &item, 1, stream);
+}
 
 /* Matrices of a batch that one call of orthogonalize gets; between calls communication is tested.
  */
@@ -291,18 +348,25 @@ typedef struct host_options {
     int threads; /* the caller's included */
 } host_options;
 
+/* What the CUDA backend works with. */
+typedef struct cuda_options {
+    int local_rank; /* among the ranks of this machine: the device, where several are visible */
+    bool share;     /* ranks may share a device; then nothing overlaps on it */
+} cuda_options;
+
 /* The best this processor has. */
 host_isa host_isa_detect(void);
 const char *host_isa_name(host_isa isa);
 
 /* `auto` takes CUDA where it can be had; an explicit choice that can't be had is ERR_UNAVAILABLE.
  * `why` says in one line which was taken and why not the other. */
-muonshard_status backend_open(backend_choice choice, host_options host, backend **out,
-                              error_text *error, char *why, size_t why_size);
+muonshard_status backend_open(backend_choice choice, host_options host, cuda_options cuda,
+                              backend **out, error_text *error, char *why, size_t why_size);
 void backend_close(backend *self);
 /* ERR_UNAVAILABLE: this processor has no such instructions; ERR_MEMORY: also for threads. */
 muonshard_status backend_open_host(host_options options, backend **out, error_text *error);
-/* The CUDA plugin, libmuonshard_cuda.so, through its one entry symbol. */
-muonshard_status backend_open_cuda(backend **out, error_text *error);
+/* The CUDA plugin, libmuonshard_cuda.so, through its one entry symbol. ERR_UNAVAILABLE: no library,
+ * no driver, no device. */
+muonshard_status backend_open_cuda(cuda_options options, backend **out, error_text *error);
 
 #endif

@@ -2,8 +2,6 @@
 #define _DEFAULT_SOURCE /* madvise */
 #include "kernels/host_elementwise.h"
 
-#include <float.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -129,7 +127,7 @@ typedef struct convert_job {
 static size_t convert_size(const void *job, size_t item) {
     const convert_job *j = job;
     const convert_item *it = &j->items[item];
-    return j->context && host_leave_alone(j->context, it->tensor) ? 0 : it->count;
+    return j->context && leave_alone(j->context, it->tensor) ? 0 : it->count;
 }
 
 static void convert_slice(const void *job, size_t item, size_t start, size_t end) {
@@ -146,42 +144,14 @@ static muonshard_status host_convert(backend *self, const kernel_context *c,
     return MUONSHARD_OK;
 }
 
-static void resolve_active(const resolve_args *a) {
-    for (size_t t = 0; t < a->tensor_count; t++) {
-        bool present = false;
-        for (int r = 0; r < a->word_count; r++)
-            present = present || a->words[(size_t)r * a->stride + 1 + t] != 0.0;
-        a->active[t] = present || !a->skip_if_absent[t];
-    }
-}
-
 static muonshard_status host_resolve(backend *self, const resolve_args *a) {
     (void)self;
     double sum = 0.0;
-    bool failed = false;
-    for (int r = 0; r < a->word_count; r++) {
-        const double *word = a->words + (size_t)r * a->stride;
-        failed = failed || word[0] != 0.0 || (a->equal && word[a->equal] != a->words[a->equal]);
-    }
     for (size_t i = 0; i < a->sum_count; i++)
         sum += a->words[a->sum_index[i]];
-    resolve_active(a);
-    a->total[0] = failed;
-    a->total[1] = sum * a->sum_scale * a->sum_scale;
-    step_record *record = a->record;
-    if (!record)
-        return MUONSHARD_OK;
-    const double norm = sqrt(sum) * a->sum_scale;
-    double clip = 1.0;
-    if (a->clip_norm > 0.0 && norm + 1e-6 > a->clip_norm)
-        clip = a->clip_norm / (norm + 1e-6);
-    record->failed = failed;
-    /* Not only finite: no element may overflow fp32 once it is scaled. */
-    record->skip = failed || !(norm <= FLT_MAX);
-    record->grad_norm = norm;
-    record->clip_factor = (float)clip;
-    record->grad_factor = (float)(clip * a->scale);
-    record->count += record->skip ? 0 : 1;
+    for (size_t t = 0; t < a->tensor_count; t++)
+        a->active[t] = tensor_is_active(a, t);
+    resolve_record(a, sum);
     return MUONSHARD_OK;
 }
 

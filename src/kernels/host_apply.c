@@ -2,49 +2,42 @@
 #include "kernels/host.h"
 #include "kernels/host_elementwise.h"
 
-typedef struct apply_scalars {
-    float keep, d, step; /* 1 - d, d, lr scale */
-    bool cautious;
-} apply_scalars;
+/* A loop of its own for each form, cautious or not. */
+#define APPLY_LOOP(formula, cautious)                                                              \
+    for (size_t i = 0; i < n; i++)                                                                 \
+        w[i] = formula(w[i], u[i], s, cautious);
 
-static inline bool pulls_to_zero(float w, float u) {
-    return ((w >= 0.0f) & (u >= 0.0f)) | ((w <= 0.0f) & (u <= 0.0f));
+static void multiply(float *restrict w, const float *restrict u, size_t n, apply_scalars s,
+                     bool cautious) {
+    if (cautious)
+        APPLY_LOOP(apply_multiply, true)
+    else
+        APPLY_LOOP(apply_multiply, false)
 }
 
-/* `cautious` is constant where they are called, for a loop of its own each way. */
-static inline void multiply(float *restrict w, const float *restrict u, size_t n, apply_scalars s,
-                            bool cautious) {
-    for (size_t i = 0; i < n; i++) {
-        const float keep = !cautious || pulls_to_zero(w[i], u[i]) ? s.keep : 1.0f;
-        w[i] = keep * w[i] - s.step * u[i];
-    }
+static void add(float *restrict w, const float *restrict u, size_t n, apply_scalars s,
+                bool cautious) {
+    if (cautious)
+        APPLY_LOOP(apply_add, true)
+    else
+        APPLY_LOOP(apply_add, false)
 }
 
-static inline void add(float *restrict w, const float *restrict u, size_t n, apply_scalars s,
-                       bool cautious) {
-    for (size_t i = 0; i < n; i++) {
-        const float d = !cautious || pulls_to_zero(w[i], u[i]) ? s.d : 0.0f;
-        w[i] = (w[i] + -d * w[i]) - s.step * u[i];
-    }
+static void with_update(float *restrict w, const float *restrict u, size_t n, apply_scalars s,
+                        bool cautious) {
+    if (cautious)
+        APPLY_LOOP(apply_with_update, true)
+    else
+        APPLY_LOOP(apply_with_update, false)
 }
 
-static inline void with_update(float *restrict w, const float *restrict u, size_t n,
-                               apply_scalars s, bool cautious) {
-    for (size_t i = 0; i < n; i++) {
-        const float d = !cautious || pulls_to_zero(w[i], u[i]) ? s.d : 0.0f;
-        w[i] = w[i] - (s.step * u[i] + d * w[i]);
-    }
-}
-
-static void decay_and_update(decay_form form, float *w, const float *u, size_t n, apply_scalars s) {
-    switch (form) {
-    case DECAY_FORM_MULTIPLY:
-        s.cautious ? multiply(w, u, n, s, true) : multiply(w, u, n, s, false);
-        break;
-    case DECAY_FORM_ADD: s.cautious ? add(w, u, n, s, true) : add(w, u, n, s, false); break;
-    case DECAY_FORM_WITH_UPDATE:
-        s.cautious ? with_update(w, u, n, s, true) : with_update(w, u, n, s, false);
-        break;
+static void decay_and_update(const apply_args *args, float *w, const float *u, size_t n,
+                             apply_scalars s) {
+    const bool cautious = decay_is_cautious(args->decay);
+    switch (args->form) {
+    case DECAY_FORM_MULTIPLY: multiply(w, u, n, s, cautious); break;
+    case DECAY_FORM_ADD: add(w, u, n, s, cautious); break;
+    case DECAY_FORM_WITH_UPDATE: with_update(w, u, n, s, cautious); break;
     }
 }
 
@@ -65,7 +58,7 @@ static void multiply_factor(float *restrict out, const float *restrict u, const 
     }
 }
 
-static void apply_block(const kernel_context *c, decay_form form, apply_scalars s,
+static void apply_block(const kernel_context *c, const apply_args *args, apply_scalars s,
                         const apply_item *it, size_t start, size_t n) {
     float u_block[HOST_BLOCK], scaled[HOST_BLOCK], w_block[HOST_BLOCK];
     const float *u = host_read(it->u, it->u_dtype, start, n, u_block);
@@ -81,7 +74,7 @@ static void apply_block(const kernel_context *c, decay_form form, apply_scalars 
         w = stored;
     else
         dtype_load(w, stored, it->w_dtype, n);
-    decay_and_update(form, w, u, n, s);
+    decay_and_update(args, w, u, n, s);
     if (c->stochastic && it->w_dtype != MUONSHARD_FP32)
         dtype_store_stochastic(stored, it->w_dtype, w, n, c->seed, (uint32_t)c->record->count,
                                (uint32_t)it->tensor, it->first + start);
@@ -98,22 +91,16 @@ typedef struct apply_job {
 static size_t apply_size(const void *job, size_t item) {
     const apply_job *j = job;
     const apply_item *it = &j->items[item];
-    return host_leave_alone(j->context, it->tensor) ? 0 : (size_t)it->rows * (size_t)it->cols;
+    return leave_alone(j->context, it->tensor) ? 0 : (size_t)it->rows * (size_t)it->cols;
 }
 
 static void apply_slice(const void *job, size_t item, size_t start, size_t end) {
     const apply_job *j = job;
     const apply_args *args = j->args;
     const apply_item *it = &j->items[item];
-    const tensor_values *v = &j->context->values[it->tensor];
-    const bool scaled = args->scaled_lr && args->decay != DECAY_INDEPENDENT;
-    const double d = host_decay(args->decay, v->lr, v->weight_decay) * (scaled ? it->scale : 1.0);
-    const apply_scalars s = {.keep = (float)(1.0 - d),
-                             .d = (float)d,
-                             .step = (float)(v->lr * it->scale),
-                             .cautious = host_decay_is_cautious(args->decay)};
+    const apply_scalars s = apply_scalars_of(args, it->scale, &j->context->values[it->tensor]);
     for (; start < end; start += HOST_BLOCK)
-        apply_block(j->context, args->form, s, it, start, host_block(start, end));
+        apply_block(j->context, args, s, it, start, host_block(start, end));
 }
 
 muonshard_status host_apply(backend *self, const kernel_context *c, const apply_args *args,

@@ -5,6 +5,7 @@
 #ifndef HOST_ELEMENTWISE_H
 #define HOST_ELEMENTWISE_H
 
+#include "kernels/formulas.h"
 #include "kernels/host.h"
 
 enum { HOST_BLOCK = 1024 }; /* elements */
@@ -27,10 +28,6 @@ typedef void host_pass(const void *job, size_t item, size_t start, size_t end);
 void host_slices(backend *self, host_pass *pass, size_t (*size)(const void *job, size_t item),
                  const void *job, size_t count);
 
-static inline bool host_leave_alone(const kernel_context *c, int tensor) {
-    return c->record->skip || !c->active[tensor];
-}
-
 /* Elements of the block at `start`. */
 static inline size_t host_block(size_t start, size_t count) {
     return count - start < HOST_BLOCK ? count - start : HOST_BLOCK;
@@ -49,23 +46,6 @@ static inline const float *host_read(const void *array, muonshard_dtype dtype, s
         return at;
     dtype_load(block, at, dtype, n);
     return block;
-}
-
-/* d, see decay_method. */
-static inline double host_decay(decay_method method, double lr, double wd) {
-    switch (method) {
-    case DECAY_DECOUPLED:
-    case DECAY_CAUTIOUS: return lr * wd;
-    case DECAY_INDEPENDENT: return wd;
-    case DECAY_LR_SQUARED:
-    case DECAY_CAUTIOUS_LR_SQUARED: return lr * lr * wd;
-    case DECAY_L2: break;
-    }
-    return 0.0;
-}
-
-static inline bool host_decay_is_cautious(decay_method method) {
-    return method == DECAY_CAUTIOUS || method == DECAY_CAUTIOUS_LR_SQUARED;
 }
 
 #endif

@@ -1,54 +1,11 @@
 /* host_momentum.c - momentum M and update direction U from the summed gradient S. */
-#include <math.h>
-
 #include "kernels/host.h"
 #include "kernels/host_elementwise.h"
-
-typedef struct momentum_scalars {
-    bool ema, nesterov, towards_g;
-    float factor, wd; /* g = factor S + wd W */
-    float mu, rest;   /* rest = 1 - mu */
-    float m, g;       /* U = m M + g G, but for the Nesterov of ema */
-} momentum_scalars;
-
-static momentum_scalars momentum_scalars_of(const momentum_args *args, const step_record *record,
-                                            const tensor_values *v) {
-    const double mu = v->momentum, t = (double)record->count;
-    double m = 1.0, g = 0.0;
-    if (args->form == MOMENTUM_EMA_CORRECTED) {
-        m = args->nesterov ? mu / (1.0 - pow(mu, t + 1.0)) : 1.0 / (1.0 - pow(mu, t));
-        g = (1.0 - mu) / (1.0 - pow(mu, t));
-    } else if (args->nesterov) {
-        m = args->form == MOMENTUM_HEAVY_BALL ? mu : 1.0;
-        g = args->form == MOMENTUM_HEAVY_BALL ? 1.0 : mu;
-    }
-    return (momentum_scalars){.ema = args->form == MOMENTUM_EMA ||
-                                     args->form == MOMENTUM_EMA_CORRECTED,
-                              .nesterov = args->nesterov,
-                              .towards_g = args->form == MOMENTUM_EMA,
-                              .factor = record->grad_factor,
-                              .wd = (float)v->weight_decay,
-                              .mu = (float)mu,
-                              .rest = (float)(1.0 - mu),
-                              .m = (float)m,
-                              .g = (float)g};
-}
 
 static void add_decay(float *restrict g, const float *restrict w, size_t n, float factor,
                       float wd) {
     for (size_t i = 0; i < n; i++)
         g[i] = factor * g[i] + wd * w[i];
-}
-
-/* (1-mu) g + mu M is M moved by 1-mu towards g, for M and for U alike. */
-static inline float next_momentum(momentum_scalars s, float m, float g) {
-    return s.ema ? m + s.rest * (g - m) : s.mu * m + g;
-}
-
-static inline float direction(momentum_scalars s, float m, float g) {
-    if (!s.nesterov)
-        return s.m * m;
-    return s.towards_g ? m + s.rest * (g - m) : s.m * m + s.g * g;
 }
 
 static void momentum_fp32(float *restrict u, float *restrict m, size_t n, momentum_scalars s) {
@@ -96,7 +53,7 @@ typedef struct momentum_job {
 static size_t momentum_size(const void *job, size_t item) {
     const momentum_job *j = job;
     const momentum_item *it = &j->items[item];
-    return host_leave_alone(j->context, it->tensor) ? 0 : it->count;
+    return leave_alone(j->context, it->tensor) ? 0 : it->count;
 }
 
 static void momentum_slice(const void *job, size_t item, size_t start, size_t end) {
@@ -112,5 +69,8 @@ muonshard_status host_momentum(backend *self, const kernel_context *c, const mom
                                const momentum_item *items, size_t count) {
     const momentum_job job = {c, args, items};
     host_slices(self, momentum_slice, momentum_size, &job, count);
+    for (size_t i = 0; i < count; i++)
+        if (items[i].squares && !leave_alone(c, items[i].tensor))
+            *items[i].squares = host_sum_squares(items[i].g_u, items[i].count);
     return MUONSHARD_OK;
 }

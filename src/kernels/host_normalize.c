@@ -3,6 +3,7 @@
 #include <cblas.h>
 #include <math.h>
 
+#include "kernels/formulas.h"
 #include "kernels/host.h"
 
 #define PANEL 128 /* columns of X that are in fp64 at once */
@@ -105,23 +106,18 @@ static double frobenius_of_symmetric(const double *g, size_t m) {
     return sqrt(sum);
 }
 
-/* A zero matrix, or a zero row, stays zero even if eps is. */
-static double inverse(double divisor) {
-    return divisor == 0.0 ? 0.0 : 1.0 / divisor;
-}
-
 static muonshard_status factors(const ns_instruction *op, const float *x, size_t m, size_t n,
                                 space s, error_text *error) {
     const double eps = op->eps, frobenius = sqrt(host_sum_squares(x, m * n));
     double divisor = 0.0, sigma;
     switch (op->norm) {
-    case NS_NORM_FROBENIUS_ADD: divisor = frobenius + eps; break;
-    case NS_NORM_FROBENIUS_MAX: divisor = fmax(frobenius, eps); break;
-    case NS_NORM_FROBENIUS_SAFETY: divisor = 1.02 * frobenius + eps; break;
+    case NS_NORM_FROBENIUS_ADD:
+    case NS_NORM_FROBENIUS_MAX:
+    case NS_NORM_FROBENIUS_SAFETY: divisor = frobenius_divisor(op->norm, frobenius, eps); break;
     case NS_NORM_AOL:
         absolute_row_sums(s.gram, m, s.factor);
         for (size_t i = 0; i < m; i++)
-            s.factor[i] = inverse(sqrt(fmax(s.factor[i], eps)));
+            s.factor[i] = inverse_of(sqrt(fmax(s.factor[i], eps)));
         return MUONSHARD_OK;
     case NS_NORM_SCHATTEN4: divisor = sqrt(fmax(frobenius_of_symmetric(s.gram, m), eps)); break;
     case NS_NORM_SPECTRAL:
@@ -130,7 +126,7 @@ static muonshard_status factors(const ns_instruction *op, const float *x, size_t
         break;
     }
     for (size_t i = 0; i < m; i++)
-        s.factor[i] = inverse(divisor);
+        s.factor[i] = inverse_of(divisor);
     return MUONSHARD_OK;
 }
 

@@ -1,6 +1,4 @@
 /* host_variance.c - variance normalisation (NorMuon): a factor a row or a column of U. */
-#include <math.h>
-
 #include "kernels/host.h"
 #include "kernels/host_elementwise.h"
 
@@ -30,10 +28,6 @@ static void squares_of_columns(double *sums, const variance_item *it, size_t fir
     }
 }
 
-static double denominator(const variance_args *args, float v) {
-    return args->denominator == VARIANCE_CLAMPED ? sqrt(fmax(v, args->eps)) : sqrt(v) + args->eps;
-}
-
 static void variance(const variance_args *args, const variance_item *it) {
     const size_t lines = (size_t)(it->by_rows ? it->rows : it->cols);
     const double length = (double)(it->by_rows ? it->cols : it->rows);
@@ -47,15 +41,15 @@ static void variance(const variance_args *args, const variance_item *it) {
         else
             squares_of_columns(sums, it, start, n);
         for (size_t i = 0; i < n; i++) {
-            v[i] = (float)(args->beta2 * v[i] + (1.0 - args->beta2) * (sums[i] / length));
-            const double d = denominator(args, v[i]);
+            v[i] = variance_next(args, v[i], sums[i], length);
+            const double d = variance_denominator_of(args, v[i]);
             norm2 += sums[i];
             divided2 += sums[i] / (d * d);
         }
     }
-    const double rescale = sqrt(norm2) / fmax(sqrt(divided2), args->eps);
+    const double rescale = variance_rescale(args, norm2, divided2);
     for (size_t i = 0; i < lines; i++)
-        it->factor[i] = (float)(rescale / denominator(args, it->v[i]));
+        it->factor[i] = (float)(rescale / variance_denominator_of(args, it->v[i]));
 }
 
 typedef struct variance_job {
@@ -67,7 +61,7 @@ typedef struct variance_job {
 static void variance_task(void *user, size_t index, int thread) {
     (void)thread;
     const variance_job *j = user;
-    if (!host_leave_alone(j->context, j->items[index].tensor))
+    if (!leave_alone(j->context, j->items[index].tensor))
         variance(j->args, &j->items[index]);
 }
 

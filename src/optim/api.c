@@ -13,6 +13,10 @@
 
 static const error_text no_handle = {"the handle is NULL"};
 
+const char *muonshard_backend(const muonshard_optimizer *o) {
+    return o ? o->backend->ops->name : "";
+}
+
 const char *muonshard_last_error(const muonshard_optimizer *o) {
     return o ? o->error.text : no_handle.text;
 }
@@ -22,9 +26,10 @@ const char *muonshard_last_error(const muonshard_optimizer *o) {
 static muonshard_status open_backend(muonshard_optimizer *o, const placement *at,
                                      error_text *error) {
     char why[256] = "";
+    const cuda_options cuda = {.local_rank = at->local_rank, .share = o->settings->share_gpu != 0};
     const muonshard_status status =
         backend_open((backend_choice)o->settings->backend, placement_options(at, o->settings),
-                     &o->backend, error, why, sizeof why);
+                     cuda, &o->backend, error, why, sizeof why);
     if (status == MUONSHARD_OK && o->comm->rank == 0)
         comm_log(o->comm, MUONSHARD_LOG_INFO, "%s", why);
     return status;
@@ -65,8 +70,9 @@ static muonshard_status build(muonshard_optimizer **out, muonshard_comm *comm,
     muonshard_optimizer *o = calloc(1, sizeof *o);
     *out = o;
     FAIL_IF(!o, error, MUONSHARD_ERR_MEMORY, "out of memory");
-    o->comm = comm;
+    o->comm = o->data = comm;
     o->agree_comm = own.agree_comm;
+    o->stream = own.stream;
     TRY(config_copy(config, &o->config, error));
     o->settings = config_settings(o->config);
     o->stats = (muonshard_stats_info)MUONSHARD_STATS_INIT;
@@ -88,6 +94,54 @@ static muonshard_status check_backends(const muonshard_optimizer *o, error_text 
     return comm_agree(o->comm, status, error);
 }
 
+/* NCCL, and with it kernels that wait for each other, wants a device of its own for every rank. */
+static muonshard_status check_devices(const muonshard_optimizer *o, error_text *error) {
+    const size_t bytes = sizeof o->backend->device, ranks = (size_t)o->comm->size;
+    uint8_t *all = calloc(ranks, bytes);
+    TRY(comm_agree(o->comm, all ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, error));
+    muonshard_status status = comm_allgather(o->comm, o->backend->device, all, bytes);
+    if (status)
+        fail(error, status, "%s", o->comm->error.text);
+    for (int r = 0; status == MUONSHARD_OK && !o->settings->share_gpu && r < o->comm->rank; r++)
+        if (memcmp(all + (size_t)r * bytes, o->backend->device, bytes) == 0)
+            status = fail(error, MUONSHARD_ERR_CONFIG,
+                          "ranks %d and %d have the same device (%s); give each its own, or set "
+                          "share_gpu",
+                          r, o->comm->rank, o->backend->device_text);
+    free(all);
+    return comm_agree(o->comm, status, error);
+}
+
+/* What moves tensors. The choice is the same on all ranks, as settings and backends are. */
+static muonshard_status open_data(muonshard_optimizer *o, error_text *error) {
+    static const char *const names[] = {NULL, "self", "mpi", "nccl"};
+    const int choice = o->settings->comm;
+    const char *given = o->comm->ops->name;
+    const bool on_device = o->backend->streams != NULL;
+    const char *why = "as configured";
+    if (on_device)
+        TRY(check_devices(o, error));
+    if (choice == COMM_NCCL || (choice == COMM_AUTO && on_device)) {
+        FAIL_IF(!on_device, error, MUONSHARD_ERR_UNAVAILABLE,
+                "comm: nccl moves memory of GPUs; the backend is %s", o->backend->ops->name);
+        if (o->comm->ops->on_stream && (choice == COMM_AUTO || strcmp(given, "nccl") == 0))
+            return MUONSHARD_OK;
+        const muonshard_status status =
+            comm_open_nccl(o->comm, o->backend, o->settings->deterministic != 0, &o->data, error);
+        if (status == MUONSHARD_OK || choice == COMM_NCCL || o->comm->dead)
+            return status;
+        why = error->text;
+    } else if (choice != COMM_AUTO) {
+        FAIL_IF(strcmp(given, names[choice]) != 0, error, MUONSHARD_ERR_UNAVAILABLE,
+                "comm: %s is configured; the program came with a communicator over %s",
+                names[choice], given);
+    }
+    if (on_device && !o->comm->ops->on_stream && o->comm->rank == 0)
+        comm_log(o->comm, MUONSHARD_LOG_WARNING, "tensors go over %s, through memory of the host "
+                 "(%s)", given, why);
+    return MUONSHARD_OK;
+}
+
 muonshard_status muonshard_create(muonshard_comm *comm, const muonshard_config *config,
                                   const muonshard_options *options, muonshard_optimizer **out) {
     if (!comm)
@@ -106,6 +160,7 @@ muonshard_status muonshard_create(muonshard_comm *comm, const muonshard_config *
     TRY_GOTO(comm_agree(comm, status, &error), failed);
     TRY_GOTO(config_check_equal(o->config, comm, &error), failed);
     TRY_GOTO(check_backends(o, &error), failed);
+    TRY_GOTO(open_data(o, &error), failed);
     *out = o;
     return MUONSHARD_OK;
 failed:
@@ -117,10 +172,15 @@ failed:
 void muonshard_destroy(muonshard_optimizer *o) {
     if (!o)
         return;
-    if (o->backend) {
+    /* Kernels of a dead communicator may never end, and freeing memory would wait for them. */
+    const bool stuck = o->data && o->data->dead && o->data->ops->on_stream && o->backend &&
+                       o->backend->streams;
+    if (o->backend && !stuck) {
         optimizer_release(o);
         backend_close(o->backend);
     }
+    if (o->data != o->comm)
+        muonshard_comm_destroy(o->data);
     registry_free(&o->registry);
     muonshard_config_destroy(o->config);
     free(o);
@@ -273,8 +333,8 @@ static muonshard_status set_values(muonshard_optimizer *o, const muonshard_step_
     const size_t bytes = o->registry.tensor_count * sizeof *o->values;
     const uint64_t hash = XXH64(&a->grad_scale, sizeof a->grad_scale, XXH64(o->values, bytes, 0));
     o->fingerprint = (double)(hash >> 11); /* 53 bits: all that a double holds */
-    const copy_item item = {o->memory.values, o->values, bytes};
-    const muonshard_status status = o->backend->ops->copy(o->backend, &item, 1, STREAM_COMPUTE);
+    const muonshard_status status =
+        backend_write(o->backend, o->memory.values, o->values, bytes, STREAM_COMPUTE);
     return status ? step_kill(o, status, &o->backend->error) : MUONSHARD_OK;
 }
 
@@ -306,10 +366,18 @@ muonshard_status muonshard_step(muonshard_optimizer *o, const muonshard_step_arg
         a = (muonshard_step_args)MUONSHARD_STEP_ARGS_INIT; /* the others must not be left waiting */
     o->step_status = local;
     o->grad_scale = a.grad_scale;
+    void *stream = a.stream ? a.stream : o->stream;
+    TRY(step_join(o, stream));
     TRY(set_values(o, &a));
     for (size_t i = 0; i < o->first_entry[o->registry.tensor_count]; i++)
         o->ready[i] = 1;
-    TRY(step_run_until(o, a.defer ? deferred_end(o) : o->schedule.count));
+    const bool waits = a.defer && !(runs_ahead(o) && o->data->ops->on_stream);
+    TRY(step_run_until(o, waits ? deferred_end(o) : o->schedule.count));
+    if (runs_ahead(o)) {
+        if (!a.defer)
+            TRY(step_give_back(o, stream));
+        return local;
+    }
     /* A failed step is not deferred: all ranks know of it, and all return it from this call. */
     return o->open && o->failed ? step_run_until(o, o->schedule.count) : MUONSHARD_OK;
 }
@@ -330,6 +398,7 @@ muonshard_status muonshard_grad_ready(muonshard_optimizer *o, int id, int64_t fi
                 o->registry.tensors[id].name, (long long)(first + i));
     for (int64_t i = 0; i < count; i++)
         ready[i] = 1;
+    TRY(step_join(o, o->stream));
     return step_start_ready(o);
 }
 
@@ -344,9 +413,14 @@ muonshard_status muonshard_step_result(muonshard_optimizer *o, int64_t step, int
             (long long)wanted, (long long)last, STEP_RESULTS);
     if (wanted == o->step && o->open && o->called && wait)
         TRY(step_run_until(o, o->schedule.count));
+    TRY(wait ? settle_until(o, wanted) : settle_what_is_over(o));
     const muonshard_step_result_info *r = &o->results[wanted % STEP_RESULTS];
     FAIL_IF(r->step != wanted, &o->error, MUONSHARD_ERR_STATE,
             "the result of step %lld is not known yet", (long long)wanted);
+    const int failed = o->failures[wanted % STEP_RESULTS].rank;
+    FAIL_IF(runs_ahead(o) && failed, &o->error, o->failures[wanted % STEP_RESULTS].status,
+            "step %lld failed on rank %d: %s; nothing has changed", (long long)wanted, failed - 1,
+            muonshard_status_string(o->failures[wanted % STEP_RESULTS].status));
     return give_struct(&o->error, r, sizeof *r, result, "result");
 }
 
@@ -378,13 +452,13 @@ static size_t end_of_entries(const muonshard_optimizer *o, int id, int64_t first
 
 muonshard_status muonshard_tensor_wait(muonshard_optimizer *o, int id, int64_t first, int64_t count,
                                        void *stream) {
-    (void)stream;
     TRY(check_alive(o, true));
     TRY(check_entries(o, id, first, count));
-    if (!o->open || !o->called)
-        return MUONSHARD_OK;
     const size_t end = end_of_entries(o, id, first, count);
-    return end > o->next ? step_run_until(o, end) : MUONSHARD_OK;
+    if (o->open && o->called && end > o->next)
+        TRY(step_run_until(o, end));
+    const int64_t last = o->open && !o->called ? o->step - 1 : o->step;
+    return last > 0 && end > 0 ? step_give_back_op(o, end - 1, last, stream) : MUONSHARD_OK;
 }
 
 muonshard_status muonshard_progress(muonshard_optimizer *o) {

@@ -21,8 +21,70 @@ static muonshard_status reserve(muonshard_optimizer *o, void *pointer, size_t co
     return MUONSHARD_OK;
 }
 
+/* Memory of the host that a device copies to and from. */
+static muonshard_status reserve_pinned(muonshard_optimizer *o, void *pointer, size_t count,
+                                       size_t item) {
+    void *memory = NULL;
+    if (!runs_ahead(o))
+        return host_array(o, pointer, count, item);
+    const muonshard_status status =
+        o->backend->streams->alloc_pinned(o->backend, &memory, count * item);
+    FAIL_IF(status, &o->error, status, "%s", o->backend->error.text);
+    memcpy(pointer, &memory, sizeof memory);
+    o->pinned_bytes += count * item;
+    return MUONSHARD_OK;
+}
+
+static void free_pinned(const muonshard_optimizer *o, void *memory) {
+    if (runs_ahead(o))
+        o->backend->streams->free_pinned(o->backend, memory);
+    else
+        free(memory);
+}
+
 static int agree_size(const muonshard_optimizer *o) {
     return o->agree_comm ? o->agree_comm->size : 0;
+}
+
+static bool needs_scratch(const muonshard_optimizer *o) {
+    bool needs = false;
+    for (size_t i = 0; i < o->plan.wave_count; i++)
+        needs = needs || !comm_sums(o->data, o->plan.waves[i].wire);
+    return needs;
+}
+
+/* What a staged communicator sends and receives, laid out as the exchange arena is. */
+static muonshard_status reserve_staging(muonshard_optimizer *o, size_t exchange_bytes) {
+    workspace *m = &o->memory;
+    const size_t agreeing = (size_t)agree_size(o);
+    const bool staged = comm_is_staged(o->data, o->backend);
+    if (staged) {
+        TRY(reserve_pinned(o, &m->staged_sent, exchange_bytes, 1));
+        TRY(reserve_pinned(o, &m->staged_recv, exchange_bytes, 1));
+    }
+    if (staged || (o->agree_comm && comm_is_staged(o->agree_comm, o->backend)))
+        TRY(reserve_pinned(o, &m->staged_words,
+                           o->word_stride * (1 + (size_t)o->comm->size) + 2 + 2 * agreeing,
+                           sizeof(double)));
+    return MUONSHARD_OK;
+}
+
+/* What a device has beside memory: stamps, graphs, records that come back. */
+static muonshard_status reserve_streams(muonshard_optimizer *o) {
+    const size_t stamps = o->schedule.count * STEPS_IN_FLIGHT * STAMP_COUNT;
+    backend *b = o->backend;
+    TRY(reserve_pinned(o, &o->memory.posted, STEP_RESULTS, sizeof(step_record)));
+    if (!runs_ahead(o))
+        return host_array(o, &o->stamps, stamps, sizeof *o->stamps);
+    muonshard_status status = b->streams->alloc_stamps(b, stamps + 1);
+    if (status == MUONSHARD_OK)
+        status = b->streams->alloc_segments(b, (size_t)o->schedule.segments);
+    FAIL_IF(status, &o->error, status, "%s", b->error.text);
+    o->graphs = o->settings->cuda_graphs && o->data->ops->on_stream;
+    size_t owned = 0;
+    for (size_t i = 0; i < o->plan.batch_count; i++)
+        owned += o->batches[i].owned;
+    return reserve(o, &o->memory.squares, owned, sizeof(double));
 }
 
 static muonshard_status reserve_workspace(muonshard_optimizer *o) {
@@ -48,8 +110,11 @@ static muonshard_status reserve_workspace(muonshard_optimizer *o) {
         if (p->waves[i].kind == PLAN_FLAT && p->waves[i].sent != MUONSHARD_FP32)
             TRY(reserve(o, &m->flat_sent, p->flat_shard, dtype_size(p->waves[i].sent)));
     TRY(reserve(o, &m->pack, p->pack_bytes, 1));
-    const size_t scratch = comm_needs_scratch(o->comm) ? p->scratch_bytes : 0;
-    TRY(reserve(o, &m->exchange, scratch > p->gather_bytes ? scratch : p->gather_bytes, 1));
+    const size_t scratch = needs_scratch(o) ? p->scratch_bytes : 0;
+    const size_t exchange = scratch > p->gather_bytes ? scratch : p->gather_bytes;
+    TRY(reserve(o, &m->exchange, exchange, 1));
+    TRY(reserve_staging(o, exchange));
+    TRY(reserve_streams(o));
     TRY(reserve(o, &m->zeros, p->largest_unpacked_bytes, 1));
     TRY(reserve(o, &m->word, o->word_stride, sizeof(double)));
     TRY(reserve(o, &m->words, o->word_stride * (size_t)p->world_size, sizeof(double)));
@@ -218,6 +283,7 @@ static void fill_stats(muonshard_optimizer *o) {
     s->bytes_padded = (int64_t)o->plan.bytes_padded;
     s->bytes_state = (int64_t)o->state_bytes;
     s->bytes_workspace = (int64_t)(o->workspace_bytes - o->state_bytes);
+    s->bytes_pinned = (int64_t)o->pinned_bytes;
 }
 
 muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_status local,
@@ -250,7 +316,7 @@ static bool workspace_in_use(const muonshard_optimizer *o) {
     bool in_use = false;
     for (size_t i = 0; o->ops && i < o->schedule.count; i++)
         in_use = in_use || o->ops[i].ticket.open;
-    return (in_use && o->comm->ops->writes_after_death) ||
+    return (in_use && o->data->ops->writes_after_death) ||
            (o->totals.ticket.open && o->agree_comm->ops->writes_after_death);
 }
 
@@ -261,12 +327,18 @@ void optimizer_release(muonshard_optimizer *o) {
                       m->flat_w,   m->owned,    m->factors,        m->flat_sent, m->pack,
                       m->exchange, m->zeros,    m->newton_schulz,  m->word,      m->words,
                       m->totals,   m->active,   m->skip_if_absent, m->values,    m->record,
-                      m->sum_index};
-    for (size_t i = 0; i < sizeof memory / sizeof memory[0] && !workspace_in_use(o); i++)
+                      m->sum_index, m->squares};
+    void *pinned[] = {m->posted, m->staged_sent, m->staged_recv, m->staged_words};
+    const bool in_use = workspace_in_use(o);
+    for (size_t i = 0; i < sizeof memory / sizeof memory[0] && !in_use; i++)
         o->backend->ops->free(o->backend, memory[i]);
+    for (size_t i = 0; i < sizeof pinned / sizeof pinned[0] && !in_use; i++)
+        free_pinned(o, pinned[i]);
     o->memory = (workspace){0};
+    free(o->stamps);
+    o->stamps = NULL;
     work_free(o);
-    o->state_bytes = o->workspace_bytes = 0;
+    o->state_bytes = o->workspace_bytes = o->pinned_bytes = 0;
     error_text error;
     if (trace_close(o->trace, &error))
         comm_log(o->comm, MUONSHARD_LOG_WARNING, "%s", error.text);

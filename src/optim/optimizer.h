@@ -36,6 +36,12 @@ typedef struct workspace {
     tensor_values *values;   /* [tensor_count] */
     step_record *record;
     size_t *sum_index; /* [sum_count] into words, then [agree world size] into totals */
+    /* of a backend with streams */
+    double *squares; /* [matrices owned] sums of U^2, from momentum to normalisation */
+    /* pinned, of the host */
+    step_record *posted;             /* [STEP_RESULTS] records of steps, as they become known */
+    char *staged_sent, *staged_recv; /* [staged_bytes] what a staged communicator sends and receives */
+    double *staged_words;            /* [4 + world size + agree world size times their strides] */
 } workspace;
 
 /* Kernel arguments that stay the same from step to step. */
@@ -60,15 +66,31 @@ typedef struct batch_work {
 
 typedef struct op_state {
     comm_ticket ticket;
-    comm_part *parts; /* own; collectives only */
+    comm_part *parts;      /* own; collectives only */
+    comm_part *host_parts; /* own; the same, staged; or NULL */
     size_t part_count;
-    double started;
 } op_state;
 
 #define STEP_RESULTS 16
 
+/* Two steps are under way at a time at most: the one that is issued, and the one before it. */
+#define STEPS_IN_FLIGHT 2
+
+/* When an operation was where. For waits that a compute operation has before it begins, and what a
+ * staged communicator needs. */
+typedef enum op_stamp {
+    STAMP_WAIT_FROM,
+    STAMP_WAIT_TO,
+    STAMP_BEGIN,
+    STAMP_END,
+    STAMP_STAGED,
+    STAMP_COUNT
+} op_stamp;
+
 struct muonshard_optimizer {
-    muonshard_comm *comm;       /* borrowed */
+    muonshard_comm *comm;       /* borrowed: what ranks say to each other */
+    muonshard_comm *data;       /* what moves tensors: comm, or NCCL beside it, which is own */
+    void *stream;               /* the caller's, unless a call gives another */
     muonshard_comm *agree_comm; /* borrowed, or NULL */
     backend *backend;           /* own */
     muonshard_config *config;   /* own */
@@ -93,9 +115,18 @@ struct muonshard_optimizer {
     size_t flat_chunks;     /* of a shard */
     size_t word_stride, sum_count;
     trace *trace; /* own, or NULL */
-    size_t state_bytes, workspace_bytes;
+    size_t state_bytes, workspace_bytes, pinned_bytes;
+    uint8_t *filled; /* own, [plan.slot_count] */
+
+    /* Host: [STEPS_IN_FLIGHT, schedule.count, STAMP_COUNT] seconds, own. Otherwise the backend has
+     * stamps of these indices. */
+    double *stamps;
+    double begun[STEPS_IN_FLIGHT]; /* when the host began the step */
+    int64_t settled;               /* steps up to this one are over, and their results known */
 
     /* the step under way */
+    bool graphs;   /* segments are captured and replayed */
+    int replaying; /* segment that was replayed, or OP_NONE */
     size_t next;         /* operation to run next; 0 or schedule.count: none is under way */
     int64_t step;        /* number of the step under way or, between steps, of the last one */
     bool open;           /* a step is under way: begun by grad_ready or step, not finished */
@@ -104,13 +135,17 @@ struct muonshard_optimizer {
     size_t *first_entry; /* own, [tensor_count + 1] into ready */
     muonshard_status
         step_status; /* this rank's error before the first collective; its text is in error */
-    bool failed;     /* some rank had one: known once resolved */
+    bool failed;     /* some rank had one: known once resolved, to the host backend */
     double grad_scale;
     double fingerprint; /* of the step's values: they are the same on all ranks */
     muonshard_step_result_info results[STEP_RESULTS];
+    struct {
+        int rank; /* 1 + the lowest rank that failed; 0: none */
+        muonshard_status status;
+    } failures[STEP_RESULTS];
 
     muonshard_stats_info stats;
-    double op_seconds[OP_KIND_COUNT]; /* of communication: the time spent waiting for it */
+    double op_seconds[OP_KIND_COUNT]; /* of communication: what computation waited for it */
 };
 
 /* A collective on the handle's communicator; its text becomes the handle's. */
@@ -120,6 +155,11 @@ struct muonshard_optimizer {
         if (try_comm_ != MUONSHARD_OK)                                                             \
             return fail(&(o)->error, try_comm_, "%s", (o)->comm->error.text);                      \
     } while (0)
+
+/* Operations are issued, and the device does them when it gets there. */
+static inline bool runs_ahead(const muonshard_optimizer *o) {
+    return o->backend->streams != NULL;
+}
 
 /* work.c: kernel arguments that stay the same from step to step. */
 /* Counts and programs; what the workspace is sized by. */
@@ -145,10 +185,31 @@ void optimizer_release(muonshard_optimizer *o);
 muonshard_status replicas_check(muonshard_optimizer *o);
 muonshard_status replicas_broadcast(muonshard_optimizer *o);
 
+/* settle.c: what came of a step, and when its operations ran. */
+/* Where the backend keeps a stamp. */
+static inline size_t stamp_index(const muonshard_optimizer *o, int64_t step, size_t index,
+                                 op_stamp which) {
+    return ((size_t)(step % STEPS_IN_FLIGHT) * o->schedule.count + index) * STAMP_COUNT + which;
+}
+muonshard_status settle_stamp(muonshard_optimizer *o, size_t index, op_stamp which,
+                              backend_stream stream);
+/* The step's record has arrived in memory.posted. */
+void settle_record(muonshard_optimizer *o, int64_t step);
+/* Waits until step number `step` is over, and all before it. */
+muonshard_status settle_until(muonshard_optimizer *o, int64_t step);
+/* Without waiting: as far as steps are over. */
+muonshard_status settle_what_is_over(muonshard_optimizer *o);
+
 /* step.c */
 muonshard_status step_begin(muonshard_optimizer *o);
 /* Reduce-scatters whose gradients are ready, and all before them, are started. */
 muonshard_status step_start_ready(muonshard_optimizer *o);
+/* What the caller's stream has been given comes before the step's operations. */
+muonshard_status step_join(muonshard_optimizer *o, void *stream);
+/* What the caller's stream is given next comes after what was issued; or after operation `index` of step
+ * `step` (NULL: the handle's stream). */
+muonshard_status step_give_back(muonshard_optimizer *o, void *stream);
+muonshard_status step_give_back_op(muonshard_optimizer *o, size_t index, int64_t step, void *stream);
 /* Runs operations [next, end); finishes the step when that was the last. */
 muonshard_status step_run_until(muonshard_optimizer *o, size_t end);
 /* Lets operations that were started advance. */

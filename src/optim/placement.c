@@ -91,6 +91,7 @@ muonshard_status placement_find(muonshard_comm *comm, placement *p, error_text *
     for (int r = 0; status == MUONSHARD_OK && r < comm->size; r++) {
         cpu_set_t both;
         CPU_AND(&both, &here.cores, &all[r].cores);
+        p->local_rank += r < comm->rank && all[r].machine == here.machine;
         p->sharing += all[r].machine == here.machine && CPU_COUNT(&both) > 0;
         p->isa = all[r].isa < (int64_t)p->isa ? (host_isa)all[r].isa : p->isa;
     }

@@ -49,6 +49,18 @@ static void add_reduction(schedule *s, const plan *p, bool reduced_by_caller) {
     }
 }
 
+static bool is_repeated(op_kind kind) {
+    return !op_is_collective(kind) && kind != OP_TAKE && kind != OP_PACK && kind != OP_RESOLVE;
+}
+
+static void number_segments(schedule *s) {
+    for (size_t i = 0; i < s->count; i++) {
+        op *o = &s->ops[i];
+        const bool goes_on = i > 0 && s->ops[i - 1].segment != OP_NONE && o->waits_on == OP_NONE;
+        o->segment = !is_repeated(o->kind) ? OP_NONE : goes_on ? s->segments - 1 : s->segments++;
+    }
+}
+
 muonshard_status schedule_make(schedule *s, const plan *p, const settings *set, error_text *error) {
     *s = (schedule){.ops = calloc(3 * p->bucket_count + 6 * p->batch_count + 2, sizeof *s->ops)};
     FAIL_IF(!s->ops, error, MUONSHARD_ERR_MEMORY, "out of memory");
@@ -76,6 +88,7 @@ muonshard_status schedule_make(schedule *s, const plan *p, const settings *set, 
     }
     if (p->batch_count)
         add(s, OP_APPLY, p->batch_count - 1, gather);
+    number_segments(s);
     return MUONSHARD_OK;
 }
 

@@ -131,31 +131,38 @@ static muonshard_status run_measure(muonshard_optimizer *o, const op *operation)
 
 /* ---- agreement ---- */
 
+static muonshard_status write_memory(muonshard_optimizer *o, void *dst, const void *src,
+                                     size_t bytes, backend_stream stream) {
+    return from_backend(o, backend_write(o->backend, dst, src, bytes, stream));
+}
+
 static muonshard_status write_word(muonshard_optimizer *o) {
     const workspace *m = &o->memory;
-    o->word_head[0] = o->step_status != MUONSHARD_OK;
+    o->word_head[0] = (double)o->step_status;
     for (size_t i = 0; i < o->registry.tensor_count; i++)
         o->word_head[1 + i] = o->registry.tensors[i].grad != NULL;
-    const copy_item items[] = {
-        {m->word, o->word_head, (1 + o->registry.tensor_count) * sizeof(double)},
-        {m->word + o->word_stride - 1, &o->fingerprint, sizeof o->fingerprint}};
     /* On the stream of the all-gather: the fence before it came before this copy. */
-    return run_copies(o, items, 2, STREAM_COMM);
+    TRY(write_memory(o, m->word, o->word_head,
+                     (1 + o->registry.tensor_count) * sizeof *o->word_head, STREAM_COMM));
+    return write_memory(o, m->word + o->word_stride - 1, &o->fingerprint, sizeof o->fingerprint,
+                        STREAM_COMM);
 }
 
 /* Group totals over agree_comm: rank 0 of each group brings its sum, the others zero. */
 static muonshard_status gather_totals(muonshard_optimizer *o) {
     static const double zero = 0.0;
     double *own = o->memory.totals, *contribution = own + 2;
-    const copy_item items[] = {{contribution, own, 2 * sizeof *own},
-                               {contribution + 1, &zero, sizeof zero}};
-    TRY(run_copies(o, items, o->comm->rank == 0 ? 1 : 2, STREAM_COMPUTE));
-    const comm_part part = {.send = contribution, .recv = own + 4, .bytes = 2 * sizeof *own};
-    const comm_request request = {.kind = COMM_ALL_GATHER,
-                                  .parts = &part,
-                                  .part_count = 1,
-                                  .backend = o->backend,
-                                  .stream = STREAM_COMM};
+    const copy_item item = {contribution, own, 2 * sizeof *own};
+    TRY(run_copies(o, &item, 1, STREAM_COMPUTE));
+    if (o->comm->rank != 0)
+        TRY(write_memory(o, contribution + 1, &zero, sizeof zero, STREAM_COMPUTE));
+    comm_request request = {.kind = COMM_ALL_GATHER,
+                            .parts = o->totals.parts,
+                            .host_parts = o->totals.host_parts,
+                            .part_count = 1,
+                            .backend = o->backend,
+                            .stamp = o->schedule.count * STEPS_IN_FLIGHT * STAMP_COUNT,
+                            .stream = STREAM_COMM};
     comm_mark(o->agree_comm, o->step, "agreement of groups");
     TRY(from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMPUTE, STREAM_COMM)));
     TRY(from_comm(o, o->agree_comm, comm_start(o->agree_comm, &request, &o->totals.ticket)));
@@ -164,18 +171,16 @@ static muonshard_status gather_totals(muonshard_optimizer *o) {
     return from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMM, STREAM_COMPUTE));
 }
 
-static muonshard_status read_record(muonshard_optimizer *o) {
-    step_record r;
-    const copy_item item = {&r, o->memory.record, sizeof r};
+/* The host backend knows at once; a device posts the record, to be read when the step is settled. */
+static muonshard_status post_record(muonshard_optimizer *o) {
+    step_record *posted = &o->memory.posted[o->step % STEP_RESULTS];
+    const copy_item item = {posted, o->memory.record, sizeof *posted};
+    if (runs_ahead(o))
+        return from_backend(
+            o, o->backend->streams->copy_async(o->backend, &item, 1, STREAM_COMPUTE));
     TRY(run_copies(o, &item, 1, STREAM_COMPUTE));
-    o->results[o->step % STEP_RESULTS] =
-        (muonshard_step_result_info){.size = sizeof(muonshard_step_result_info),
-                                     .step = o->step,
-                                     .count = r.count,
-                                     .skipped = r.skip && !r.failed,
-                                     .grad_norm = r.grad_norm,
-                                     .clip_factor = (double)r.clip_factor};
-    o->failed = r.failed != 0;
+    o->failed = posted->failed != 0;
+    settle_record(o, o->step);
     return MUONSHARD_OK;
 }
 
@@ -211,7 +216,7 @@ static muonshard_status run_resolve(muonshard_optimizer *o, const op *operation)
         args.record = m->record;
         TRY(from_backend(o, o->backend->ops->resolve(o->backend, &args)));
     }
-    return read_record(o);
+    return post_record(o);
 }
 
 /* ---- after agreement: updates ---- */
@@ -238,8 +243,6 @@ static muonshard_status run_orthogonalize(muonshard_optimizer *o, const op *oper
                                 work->orthogonalize + i, count, o->memory.newton_schulz)));
         TRY(step_progress(o));
     }
-    if (!o->failed && !o->results[o->step % STEP_RESULTS].skipped)
-        o->stats.ns_flops += (double)work->owned * ns_program_flops(work->program, b->m, b->n);
     return MUONSHARD_OK;
 }
 
@@ -322,8 +325,14 @@ static muonshard_status run_apply(muonshard_optimizer *o, const op *operation) {
 
 /* ---- collectives ---- */
 
+/* The ticket of operation `index` is done. */
+static muonshard_status note_arrival(muonshard_optimizer *o, size_t index) {
+    return settle_stamp(o, index, STAMP_END, o->schedule.ops[index].stream);
+}
+
 static muonshard_status start_collective(muonshard_optimizer *o, const op *operation) {
-    op_state *state = &o->ops[operation - o->schedule.ops];
+    const size_t index = (size_t)(operation - o->schedule.ops);
+    op_state *state = &o->ops[index];
     if (operation->kind == OP_REDUCE_SCATTER)
         point_gradients(o, operation, state);
     else if (operation->kind == OP_AGREE)
@@ -331,26 +340,24 @@ static muonshard_status start_collective(muonshard_optimizer *o, const op *opera
     const comm_request request = {.kind = operation->kind == OP_REDUCE_SCATTER ? COMM_REDUCE_SCATTER
                                                                                : COMM_ALL_GATHER,
                                   .parts = state->parts,
+                                  .host_parts = state->host_parts,
                                   .part_count = state->part_count,
                                   .backend = o->backend,
+                                  .stamp = stamp_index(o, o->step, index, STAMP_STAGED),
                                   .stream = operation->stream};
-    state->started = now_s();
-    return from_comm(o, o->comm, comm_start(o->comm, &request, &state->ticket));
-}
-
-static void trace_collective(muonshard_optimizer *o, size_t index) {
-    trace_op(o->trace, &o->schedule.ops[index], o->step, o->ops[index].started, now_s());
+    TRY(from_comm(o, o->data, comm_start(o->data, &request, &state->ticket)));
+    bool done = false;
+    if (o->data->ops->on_stream) /* it is in the stream's order already */
+        TRY(from_comm(o, o->data, comm_test(o->data, &state->ticket, &done)));
+    return done ? note_arrival(o, index) : MUONSHARD_OK;
 }
 
 static muonshard_status wait_collective(muonshard_optimizer *o, size_t index) {
     op_state *state = &o->ops[index];
     if (!state->ticket.open)
         return MUONSHARD_OK;
-    const double start = now_s();
-    TRY(from_comm(o, o->comm, comm_wait(o->comm, &state->ticket, deadline(o))));
-    o->op_seconds[o->schedule.ops[index].kind] += now_s() - start;
-    trace_collective(o, index);
-    return MUONSHARD_OK;
+    TRY(from_comm(o, o->data, comm_wait(o->data, &state->ticket, deadline(o))));
+    return note_arrival(o, index);
 }
 
 muonshard_status step_progress(muonshard_optimizer *o) {
@@ -358,10 +365,10 @@ muonshard_status step_progress(muonshard_optimizer *o) {
         if (!o->ops[i].ticket.open)
             continue;
         bool done = false;
-        TRY(from_comm(o, o->comm, comm_test(o->comm, &o->ops[i].ticket, &done)));
+        TRY(from_comm(o, o->data, comm_test(o->data, &o->ops[i].ticket, &done)));
         if (!done)
             return MUONSHARD_OK; /* later ones come later */
-        trace_collective(o, i);
+        TRY(note_arrival(o, i));
     }
     return MUONSHARD_OK;
 }
@@ -385,39 +392,106 @@ static muonshard_status (*const run_kind[OP_KIND_COUNT])(muonshard_optimizer *o,
     [OP_APPLY] = run_apply,
 };
 
+/* What an operation waits for of the other stream, and of the ranks. */
+static muonshard_status await(muonshard_optimizer *o, size_t index) {
+    const op *operation = &o->schedule.ops[index];
+    const size_t before = (size_t)operation->waits_on;
+    const bool collective = op_is_collective(o->schedule.ops[before].kind);
+    if (collective) {
+        char awaited[sizeof o->comm->position.phase];
+        op_label(&o->schedule.ops[before], awaited, sizeof awaited);
+        comm_mark(o->data, o->step, "%s", awaited);
+        TRY(settle_stamp(o, index, STAMP_WAIT_FROM, operation->stream));
+        TRY(wait_collective(o, before));
+    }
+    TRY(from_backend(o, o->backend->ops->fence(o->backend, o->schedule.ops[before].stream,
+                                               operation->stream)));
+    return collective ? settle_stamp(o, index, STAMP_WAIT_TO, operation->stream) : MUONSHARD_OK;
+}
+
+/* Between them a segment is recorded, or left out because it is replayed. */
+static muonshard_status enter_segment(muonshard_optimizer *o, size_t index) {
+    const int segment = o->schedule.ops[index].segment;
+    const bool first = index == 0 || o->schedule.ops[index - 1].segment != segment;
+    if (!o->graphs || segment == OP_NONE || !first)
+        return MUONSHARD_OK;
+    segment_state state;
+    TRY(from_backend(
+        o, o->backend->streams->begin_segment(o->backend, (size_t)segment, 1, &state)));
+    o->replaying = state == SEGMENT_REPLAY ? segment : OP_NONE;
+    return MUONSHARD_OK;
+}
+
+static muonshard_status leave_segment(muonshard_optimizer *o, size_t index) {
+    const int segment = o->schedule.ops[index].segment;
+    const bool last =
+        index + 1 == o->schedule.count || o->schedule.ops[index + 1].segment != segment;
+    if (!o->graphs || segment == OP_NONE || !last || o->replaying == segment)
+        return MUONSHARD_OK;
+    return from_backend(o, o->backend->streams->end_segment(o->backend, (size_t)segment));
+}
+
+static muonshard_status run_kind_of(muonshard_optimizer *o, size_t index, const char *label) {
+    const op *operation = &o->schedule.ops[index];
+    const stream_ops *streams = o->backend->streams;
+    if (streams)
+        streams->range_begin(o->backend, label);
+    muonshard_status status = settle_stamp(o, index, STAMP_BEGIN, operation->stream);
+    if (status == MUONSHARD_OK)
+        status = run_kind[operation->kind](o, operation);
+    if (status == MUONSHARD_OK && !op_is_collective(operation->kind))
+        status = settle_stamp(o, index, STAMP_END, operation->stream);
+    if (streams)
+        streams->range_end(o->backend);
+    return status;
+}
+
 static muonshard_status run_op(muonshard_optimizer *o, size_t index) {
     const op *operation = &o->schedule.ops[index];
     char label[sizeof o->comm->position.phase];
     op_label(operation, label, sizeof label);
-    if (operation->waits_on != OP_NONE) {
-        const size_t before = (size_t)operation->waits_on;
-        if (op_is_collective(o->schedule.ops[before].kind)) {
-            char awaited[sizeof label];
-            op_label(&o->schedule.ops[before], awaited, sizeof awaited);
-            comm_mark(o->comm, o->step, "%s", awaited);
-            TRY(wait_collective(o, before));
-        }
-        TRY(from_backend(o, o->backend->ops->fence(o->backend, o->schedule.ops[before].stream,
-                                                   operation->stream)));
-    }
-    comm_mark(o->comm, o->step, "%s", label);
-    const double start = now_s();
-    TRY(run_kind[operation->kind](o, operation));
-    if (!op_is_collective(operation->kind)) {
-        const double end = now_s();
-        o->op_seconds[operation->kind] += end - start;
-        trace_op(o->trace, operation, o->step, start, end);
-    }
+    if (operation->waits_on != OP_NONE)
+        TRY(await(o, index));
+    comm_mark(o->data, o->step, "%s", label);
+    TRY(enter_segment(o, index));
+    if (operation->segment == OP_NONE || o->replaying != operation->segment)
+        TRY(run_kind_of(o, index, label));
+    return leave_segment(o, index);
+}
+
+/* The caller's gradients are final where its stream is now. */
+muonshard_status step_join(muonshard_optimizer *o, void *stream) {
+    for (int own = 0; runs_ahead(o) && own < STREAM_COUNT; own++)
+        TRY(from_backend(
+            o, o->backend->streams->join_from(o->backend, stream, (backend_stream)own)));
     return MUONSHARD_OK;
 }
 
+muonshard_status step_give_back(muonshard_optimizer *o, void *stream) {
+    return runs_ahead(o) ? from_backend(o, o->backend->streams->join_to(o->backend, stream,
+                                                                        STREAM_COMPUTE))
+                         : MUONSHARD_OK;
+}
+
+muonshard_status step_give_back_op(muonshard_optimizer *o, size_t index, int64_t step, void *stream) {
+    return runs_ahead(o)
+               ? from_backend(o, o->backend->streams->wait_stamp(
+                                     o->backend, stamp_index(o, step, index, STAMP_END),
+                                     stream ? stream : o->stream))
+               : MUONSHARD_OK;
+}
+
 muonshard_status step_begin(muonshard_optimizer *o) {
+    TRY(settle_until(o, o->step + 1 - STEPS_IN_FLIGHT));
     o->next = 0;
     o->step++;
     o->open = true;
     o->called = false;
     o->failed = false;
+    o->replaying = OP_NONE;
     o->step_status = MUONSHARD_OK;
+    o->begun[o->step % STEPS_IN_FLIGHT] = now_s();
+    o->data->options.timeout_s = o->data == o->comm ? o->comm->options.timeout_s : deadline(o);
     memset(o->ready, 0, o->first_entry[o->registry.tensor_count]);
     /* What travels now lands where the last step's updates are read. */
     return from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMPUTE, STREAM_COMM));
@@ -464,16 +538,16 @@ static muonshard_status check_replicas(muonshard_optimizer *o) {
 }
 
 static muonshard_status finish(muonshard_optimizer *o) {
+    const int64_t every = o->settings->check_replicas;
+    const bool check = every && o->step % every == 0;
     o->open = false;
     o->stats.steps++;
-    const muonshard_step_result_info *r = &o->results[o->step % STEP_RESULTS];
-    o->stats.skipped += r->skipped;
-    o->stats.grad_norm = r->grad_norm;
-    const int64_t every = o->settings->check_replicas;
     muonshard_status status = MUONSHARD_OK;
+    if (!runs_ahead(o) || check)
+        TRY(settle_until(o, o->step));
     if (o->failed)
         status = agree_on_failure(o);
-    else if (every && o->step % every == 0)
+    else if (check)
         status = check_replicas(o);
     comm_mark(o->comm, 0, "between steps");
     return status;
@@ -487,7 +561,8 @@ muonshard_status step_run_until(muonshard_optimizer *o, size_t end) {
     }
     const bool last = o->next == o->schedule.count && o->open;
     const muonshard_status status = last ? finish(o) : MUONSHARD_OK;
-    o->stats.time_step += now_s() - start;
+    if (!runs_ahead(o))
+        o->stats.time_step += now_s() - start;
     return status;
 }
 

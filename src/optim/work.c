@@ -79,7 +79,8 @@ static apply_item apply_view(const muonshard_optimizer *o, const wave *w, int ra
 }
 
 /* What the owner of a slot does with it. */
-static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, size_t k) {
+static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, size_t k,
+                      double *squares) {
     const workspace *m = &o->memory;
     const view *v = &o->registry.views[plan_slot_view(&o->plan, w, o->comm->rank)];
     const tensor *t = &o->registry.tensors[v->tensor];
@@ -91,10 +92,13 @@ static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, s
                         .momentum = (char *)m->momentum + w->owned_offset * dtype_size(stored),
                         .w = master ? master : tensor_param_at(t, v->offset),
                         .w_dtype = master ? MUONSHARD_FP32 : t->dtype,
+                        .squares = m->squares ? squares + k : NULL,
                         .count = w->slot,
                         .tensor = v->tensor};
-    work->orthogonalize[k] =
-        (orthogonalize_item){.u = u, .out = u, .transposed = v->rows > v->cols};
+    work->orthogonalize[k] = (orthogonalize_item){.u = u,
+                                                  .squares = work->momentum[k].squares,
+                                                  .out = u,
+                                                  .transposed = v->rows > v->cols};
     work->variance[k] = (variance_item){.u = u,
                                         .u_dtype = ns_program_output(work->program),
                                         .v = m->variance + w->variance_offset,
@@ -132,7 +136,8 @@ static void add_slot(muonshard_optimizer *o, const batch *b, const wave *w, int 
     }
 }
 
-static void make_batch(muonshard_optimizer *o, const batch *b, batch_work *work) {
+/* `before`: matrices owned in batches before this one. */
+static void make_batch(muonshard_optimizer *o, const batch *b, batch_work *work, size_t before) {
     const plan *p = &o->plan;
     size_t owned = 0;
     for (size_t i = 0; i < b->count; i++) {
@@ -141,7 +146,7 @@ static void make_batch(muonshard_optimizer *o, const batch *b, batch_work *work)
             if (plan_slot_view(p, w, r) != PLAN_EMPTY_SLOT)
                 add_slot(o, b, w, r, work);
         if (plan_slot_view(p, w, o->comm->rank) != PLAN_EMPTY_SLOT)
-            add_owned(o, w, work, owned++);
+            add_owned(o, w, work, owned++, o->memory.squares + before);
     }
 }
 
@@ -225,20 +230,68 @@ static const void *gathered_from(const muonshard_optimizer *o, const batch *b, c
     return tensor_param_at(&o->registry.tensors[v->tensor], v->offset);
 }
 
+/* Room for `count` parts, and for as many in memory of the host where they are staged. */
+static muonshard_status make_room(muonshard_optimizer *o, const muonshard_comm *comm,
+                                  op_state *state, size_t count) {
+    TRY(host_array(o, &state->parts, count, sizeof *state->parts));
+    return comm_is_staged(comm, o->backend)
+               ? host_array(o, &state->host_parts, count, sizeof *state->host_parts)
+               : MUONSHARD_OK;
+}
+
+static void free_parts(op_state *state) {
+    free(state->parts);
+    free(state->host_parts);
+    *state = (op_state){.part_count = 0};
+}
+
+/* NULL where all slots are. */
+static const uint8_t *filled_slots(const muonshard_optimizer *o, const wave *w) {
+    if (w->kind == PLAN_FLAT)
+        return NULL;
+    const uint8_t *filled = o->filled + w->first_slot;
+    for (int r = 0; r < o->plan.world_size; r++)
+        if (!filled[r])
+            return filled;
+    return NULL;
+}
+
+static muonshard_status make_filled(muonshard_optimizer *o) {
+    TRY(host_array(o, &o->filled, o->plan.slot_count, 1));
+    for (size_t i = 0; i < o->plan.slot_count; i++)
+        o->filled[i] = o->plan.slots[i] != PLAN_EMPTY_SLOT;
+    return MUONSHARD_OK;
+}
+
+/* `offset` in the exchange arena, and in what it is staged by. */
+static void add_gathered(muonshard_optimizer *o, op_state *state, const void *send, size_t offset,
+                         size_t bytes, const uint8_t *filled) {
+    const workspace *m = &o->memory;
+    comm_part *part = &state->parts[state->part_count];
+    *part = (comm_part){
+        .send = send, .recv = m->exchange + offset, .bytes = bytes, .filled = filled};
+    if (state->host_parts) {
+        comm_part *host = &state->host_parts[state->part_count];
+        *host = *part;
+        host->send = m->staged_sent + offset + (size_t)o->comm->rank * bytes;
+        host->recv = m->staged_recv + offset;
+    }
+    state->part_count++;
+}
+
 static muonshard_status make_gather(muonshard_optimizer *o, const batch *b, op_state *state) {
     const workspace *m = &o->memory;
     const bool factors =
         b->kind == PLAN_MATRICES && !b->gathers_params && o->settings->variance != VARIANCE_NONE;
-    TRY(host_array(o, &state->parts, 2 * b->count, sizeof *state->parts));
+    TRY(make_room(o, o->data, state, 2 * b->count));
     for (size_t i = 0; i < b->count; i++) {
         const wave *w = &o->plan.waves[b->first + i];
-        state->parts[state->part_count++] = (comm_part){.send = gathered_from(o, b, w),
-                                                        .recv = m->exchange + w->gather_offset,
-                                                        .bytes = w->slot * dtype_size(w->sent)};
+        const uint8_t *filled = filled_slots(o, w);
+        add_gathered(o, state, gathered_from(o, b, w), w->gather_offset,
+                     w->slot * dtype_size(w->sent), filled);
         if (factors)
-            state->parts[state->part_count++] = (comm_part){.send = m->factors + w->variance_offset,
-                                                            .recv = m->exchange + w->factor_offset,
-                                                            .bytes = (size_t)b->n * sizeof(float)};
+            add_gathered(o, state, m->factors + w->variance_offset, w->factor_offset,
+                         (size_t)b->n * sizeof(float), filled);
     }
     return MUONSHARD_OK;
 }
@@ -246,7 +299,7 @@ static muonshard_status make_gather(muonshard_optimizer *o, const batch *b, op_s
 /* Where gradients that are not packed are sent from is known in the step only. */
 static muonshard_status make_reduction(muonshard_optimizer *o, const bucket *b, op_state *state) {
     const workspace *m = &o->memory;
-    TRY(host_array(o, &state->parts, b->count, sizeof *state->parts));
+    TRY(make_room(o, o->data, state, b->count));
     state->part_count = b->count;
     for (size_t i = 0; i < b->count; i++) {
         const wave *w = &o->plan.waves[o->plan.reduce_order[b->first + i]];
@@ -254,9 +307,36 @@ static muonshard_status make_reduction(muonshard_optimizer *o, const bucket *b, 
                                       .recv = m->owned + w->owned_offset,
                                       .scratch = m->exchange + w->exchange_offset,
                                       .bytes = w->slot * dtype_size(w->wire),
-                                      .dtype = w->wire};
+                                      .dtype = w->wire,
+                                      .filled = filled_slots(o, w)};
+        if (state->host_parts) {
+            state->host_parts[i] = state->parts[i];
+            state->host_parts[i].send = m->staged_sent + w->exchange_offset;
+            state->host_parts[i].scratch = m->staged_recv + w->exchange_offset;
+        }
     }
     return MUONSHARD_OK;
+}
+
+/* Few numbers of every rank. `staged`: [1 + ranks, count], where there is such a thing. */
+static muonshard_status make_numbers(muonshard_optimizer *o, const muonshard_comm *comm,
+                                     op_state *state, const double *send, double *recv,
+                                     size_t count, double *staged) {
+    TRY(make_room(o, comm, state, 1));
+    state->part_count = 1;
+    state->parts[0] = (comm_part){.send = send, .recv = recv, .bytes = count * sizeof(double)};
+    if (state->host_parts)
+        state->host_parts[0] =
+            (comm_part){.send = staged, .recv = staged + count, .bytes = count * sizeof(double)};
+    return MUONSHARD_OK;
+}
+
+static muonshard_status make_totals(muonshard_optimizer *o) {
+    const workspace *m = &o->memory;
+    double *staged = m->staged_words;
+    if (staged)
+        staged += o->word_stride * (1 + (size_t)o->comm->size);
+    return make_numbers(o, o->agree_comm, &o->totals, m->totals + 2, m->totals + 4, 2, staged);
 }
 
 static muonshard_status make_parts(muonshard_optimizer *o, const op *operation, op_state *state) {
@@ -264,25 +344,27 @@ static muonshard_status make_parts(muonshard_optimizer *o, const op *operation, 
         return make_reduction(o, &o->plan.buckets[operation->index], state);
     if (operation->kind == OP_ALL_GATHER)
         return make_gather(o, &o->plan.batches[operation->index], state);
-    TRY(host_array(o, &state->parts, 1, sizeof *state->parts));
-    state->part_count = 1;
-    state->parts[0] = (comm_part){
-        .send = o->memory.word, .recv = o->memory.words, .bytes = o->word_stride * sizeof(double)};
-    return MUONSHARD_OK;
+    const workspace *m = &o->memory;
+    return make_numbers(o, o->data, state, m->word, m->words, o->word_stride, m->staged_words);
 }
 
 muonshard_status work_make(muonshard_optimizer *o) {
     const plan *p = &o->plan;
+    size_t owned = 0;
+    TRY(make_filled(o));
     for (size_t b = 0; b < p->batch_count; b++) {
         if (p->batches[b].kind == PLAN_MATRICES)
-            make_batch(o, &p->batches[b], &o->batches[b]);
+            make_batch(o, &p->batches[b], &o->batches[b], owned);
         else
             TRY(make_adam(o, &p->waves[p->batches[b].first]));
+        owned += o->batches[b].owned;
     }
     TRY(host_array(o, &o->buckets, p->bucket_count, sizeof *o->buckets));
     for (size_t b = 0; b < p->bucket_count; b++)
         TRY(make_bucket(o, &p->buckets[b], &o->buckets[b]));
     TRY(host_array(o, &o->ops, o->schedule.count, sizeof *o->ops));
+    if (o->agree_comm)
+        TRY(make_totals(o));
     for (size_t i = 0; i < o->schedule.count; i++)
         if (op_is_collective(o->schedule.ops[i].kind))
             TRY(make_parts(o, &o->schedule.ops[i], &o->ops[i]));
@@ -307,9 +389,10 @@ void work_free(muonshard_optimizer *o) {
     for (size_t b = 0; o->buckets && b < o->plan.bucket_count; b++)
         free(o->buckets[b].sums);
     for (size_t i = 0; o->ops && i < o->schedule.count; i++)
-        free(o->ops[i].parts);
+        free_parts(&o->ops[i]);
+    free_parts(&o->totals);
     void *lists[] = {o->batches,   o->buckets, o->ops,         o->adam, o->converts,
-                     o->word_head, o->values,  o->first_entry, o->ready};
+                     o->word_head, o->values,  o->first_entry, o->ready, o->filled};
     for (size_t i = 0; i < sizeof lists / sizeof lists[0]; i++)
         free(lists[i]);
     o->batches = NULL;
@@ -322,4 +405,5 @@ void work_free(muonshard_optimizer *o) {
     o->values = NULL;
     o->first_entry = NULL;
     o->ready = NULL;
+    o->filled = NULL;
 }

@@ -1,0 +1,82 @@
+/* cuda.h - what the C files of the CUDA backend share. */
+#ifndef CUDA_BACKEND_H
+#define CUDA_BACKEND_H
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+
+#include "kernels/backend.h"
+
+typedef struct gemm_table gemm_table;
+
+/* A segment is run once as it is, then captured, then replayed while its version stays. */
+typedef struct segment {
+    cudaGraphExec_t graph; /* own, or NULL */
+    uint64_t version;
+    int runs; /* of this version, as it is */
+} segment;
+
+typedef struct cuda_impl {
+    int device;
+    cudaStream_t streams[STREAM_COUNT]; /* own; one and the same where the device is shared */
+    cudaEvent_t fences[STREAM_COUNT];   /* own; by the stream that is waited for */
+    cudaEvent_t joined;                 /* own */
+    cublasLtHandle_t blas;              /* own */
+    gemm_table *gemms;                  /* own */
+    double *scratch;                    /* own, device, of the compute stream */
+    cudaEvent_t *stamps;                /* own, [stamp_count] */
+    size_t stamp_count;
+    segment *segments; /* own, [segment_count] */
+    size_t segment_count;
+    bool capturing; /* on the compute stream */
+} cuda_impl;
+
+static inline cuda_impl *cuda_of(const backend *self) {
+    return self->impl;
+}
+
+/* Returns the status for an outcome of the runtime's, with a text. */
+muonshard_status cuda_failed(backend *self, cudaError_t code, const char *what);
+
+#define TRY_CUDA(self, call)                                                                       \
+    do {                                                                                           \
+        const cudaError_t try_cuda_ = (call);                                                      \
+        if (try_cuda_ != cudaSuccess)                                                              \
+            return cuda_failed(self, try_cuda_, #call);                                            \
+    } while (0)
+
+/* See plugin.h. */
+muonshard_status cuda_open(cuda_options options, backend **out, error_text *error);
+
+/* ---- cuda_orthogonalize.c ---- */
+
+size_t cuda_orthogonalize_workspace(backend *self, const ns_program *program, int64_t m, int64_t n,
+                                    size_t count);
+muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
+                                    const ns_program *program, int64_t m, int64_t n,
+                                    const orthogonalize_item *items, size_t count, void *workspace);
+
+/* ---- cuda_gemm.c: batched products through cuBLASLt ---- */
+
+typedef enum gemm_type { GEMM_FP32, GEMM_TF32, GEMM_BF16, GEMM_FP16, GEMM_FP64 } gemm_type;
+
+/* dst [batch, rows, cols] = alpha a [batch, rows, depth] b + beta c, row-major, one matrix after the
+ * other; b is [batch, depth, cols], or [batch, cols, depth] of which the transpose is taken.
+ * `stored`: of c and dst. c may be NULL where beta is 0. */
+typedef struct gemm {
+    gemm_type operands, stored;
+    int64_t rows, cols, depth;
+    bool b_transposed;
+    size_t batch;
+    double alpha, beta;
+    const void *a, *b, *c;
+    void *dst;
+} gemm;
+
+#define GEMM_WORKSPACE ((size_t)32 << 20) /* what cuBLAS asks for on Hopper */
+
+/* What is chosen for a shape once is kept. `workspace` [GEMM_WORKSPACE]. */
+muonshard_status gemm_run(backend *self, const gemm *g, void *workspace);
+void gemm_table_free(gemm_table *table);
+
+#endif

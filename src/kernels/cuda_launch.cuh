@@ -1,0 +1,43 @@
+/* cuda_launch.cuh - how a kernel is launched: through the runtime's own call, so that its outcome is
+ * a status like any other. A build without nvcc (the tests') runs the same kernels on the host. */
+#ifndef CUDA_LAUNCH_CUH
+#define CUDA_LAUNCH_CUH
+
+#include <cuda_runtime_api.h>
+
+#ifdef __CUDACC__
+
+enum { THREADS = 256, TILE = 32, TILE_ROWS = 8 };
+
+template <typename Type> struct plain {
+    typedef Type type;
+};
+
+template <typename... Parameters>
+static cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                          typename plain<Parameters>::type... arguments) {
+    void *list[] = {(void *)&arguments...};
+    return cudaLaunchKernel((const void *)kernel, grid, block, list, 0, stream);
+}
+
+#else
+#include "cuda_emulation.h"
+#endif
+
+/* Adds up one number a thread; every thread gets the sum, the same whatever else runs. */
+__device__ static inline double block_sum(double mine) {
+    __shared__ double parts[THREADS];
+    const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
+    parts[thread] = mine;
+    __syncthreads();
+    for (unsigned half = THREADS / 2; half > 0; half /= 2) {
+        if (thread < half)
+            parts[thread] += parts[thread + half];
+        __syncthreads();
+    }
+    const double sum = parts[0];
+    __syncthreads();
+    return sum;
+}
+
+#endif

@@ -1,0 +1,159 @@
+/* settle.c - what came of a step: its record, and when its operations ran. The host backend's steps
+ * are over when the walk is; a device's when it gets there, which is looked at two steps later, or
+ * as soon as somebody asks. Here the deadlines of a device's collectives are kept. */
+#include "optim/optimizer.h"
+
+muonshard_status settle_stamp(muonshard_optimizer *o, size_t index, op_stamp which,
+                              backend_stream stream) {
+    const size_t at = stamp_index(o, o->step, index, which);
+    if (!runs_ahead(o)) {
+        o->stamps[at] = now_s();
+        return MUONSHARD_OK;
+    }
+    const muonshard_status status = o->backend->streams->stamp(o->backend, at, stream);
+    return status ? step_kill(o, status, &o->backend->error) : MUONSHARD_OK;
+}
+
+/* ---- when ---- */
+
+/* Seconds of now_s(). A device's clock is its own: the host's and the device's meet where the step's
+ * first stamp is. */
+static muonshard_status time_of(muonshard_optimizer *o, int64_t step, size_t index, op_stamp which,
+                                double *at) {
+    const size_t stamped = stamp_index(o, step, index, which);
+    if (!runs_ahead(o)) {
+        *at = o->stamps[stamped];
+        return MUONSHARD_OK;
+    }
+    double since = 0.0;
+    const muonshard_status status = o->backend->streams->stamp_seconds(
+        o->backend, stamp_index(o, step, 0, STAMP_BEGIN), stamped, &since);
+    *at = o->begun[step % STEPS_IN_FLIGHT] + since;
+    return status ? step_kill(o, status, &o->backend->error) : MUONSHARD_OK;
+}
+
+/* The time an operation took counts for its kind; for communication, what was waited for it. */
+static muonshard_status account_op(muonshard_optimizer *o, int64_t step, size_t index) {
+    const op *operation = &o->schedule.ops[index];
+    double begin, end;
+    TRY(time_of(o, step, index, STAMP_BEGIN, &begin));
+    TRY(time_of(o, step, index, STAMP_END, &end));
+    trace_op(o->trace, operation, step, begin, end);
+    if (!op_is_collective(operation->kind))
+        o->op_seconds[operation->kind] += end - begin;
+    if (operation->waits_on == OP_NONE)
+        return MUONSHARD_OK;
+    const op_kind awaited = o->schedule.ops[operation->waits_on].kind;
+    if (!op_is_collective(awaited))
+        return MUONSHARD_OK;
+    TRY(time_of(o, step, index, STAMP_WAIT_FROM, &begin));
+    TRY(time_of(o, step, index, STAMP_WAIT_TO, &end));
+    o->op_seconds[awaited] += end - begin;
+    return MUONSHARD_OK;
+}
+
+static muonshard_status account_times(muonshard_optimizer *o, int64_t step) {
+    for (size_t i = 0; i < o->schedule.count; i++)
+        TRY(account_op(o, step, i));
+    if (runs_ahead(o) && o->schedule.count) {
+        double begin, end;
+        TRY(time_of(o, step, 0, STAMP_BEGIN, &begin));
+        TRY(time_of(o, step, o->schedule.count - 1, STAMP_END, &end));
+        o->stats.time_step += end - begin;
+    }
+    return MUONSHARD_OK;
+}
+
+/* ---- what ---- */
+
+void settle_record(muonshard_optimizer *o, int64_t step) {
+    const step_record *r = &o->memory.posted[step % STEP_RESULTS];
+    muonshard_step_result_info *result = &o->results[step % STEP_RESULTS];
+    *result = (muonshard_step_result_info){.size = sizeof *result,
+                                           .step = step,
+                                           .count = r->count,
+                                           .skipped = r->skip && !r->failed,
+                                           .grad_norm = r->grad_norm,
+                                           .clip_factor = (double)r->clip_factor};
+    o->failures[step % STEP_RESULTS].rank = r->failed;
+    o->failures[step % STEP_RESULTS].status =
+        r->failed && !r->status ? MUONSHARD_ERR_MISMATCH : (muonshard_status)r->status;
+    o->stats.skipped += result->skipped;
+    o->stats.grad_norm = r->grad_norm;
+    for (size_t i = 0; !r->skip && i < o->plan.batch_count; i++) {
+        const batch_work *work = &o->batches[i];
+        if (work->owned)
+            o->stats.ns_flops += (double)work->owned * ns_program_flops(work->program,
+                                                                        o->plan.batches[i].m,
+                                                                        o->plan.batches[i].n);
+    }
+}
+
+/* ---- waiting ---- */
+
+/* The last operation waits for all others. */
+static muonshard_status look(muonshard_optimizer *o, int64_t step, bool *over) {
+    *over = true;
+    if (!runs_ahead(o) || !o->schedule.count)
+        return MUONSHARD_OK;
+    const size_t last = stamp_index(o, step, o->schedule.count - 1, STAMP_END);
+    const muonshard_status status = o->backend->streams->stamp_passed(o->backend, last, over);
+    if (status)
+        return step_kill(o, status, &o->backend->error);
+    const muonshard_status sound = comm_check(o->data);
+    return sound ? step_kill(o, sound, &o->data->error) : MUONSHARD_OK;
+}
+
+/* The first operation the device is not past is what the message names. */
+static muonshard_status time_out(muonshard_optimizer *o, int64_t step, double deadline) {
+    char label[sizeof o->comm->position.phase] = "";
+    for (size_t i = 0; i < o->schedule.count; i++) {
+        bool passed = false;
+        const size_t end = stamp_index(o, step, i, STAMP_END);
+        if (o->backend->streams->stamp_passed(o->backend, end, &passed) || !passed) {
+            op_label(&o->schedule.ops[i], label, sizeof label);
+            break;
+        }
+    }
+    comm_mark(o->data, step, "%s", label);
+    const muonshard_status status = comm_time_out(o->data, deadline);
+    return step_kill(o, status, &o->data->error);
+}
+
+static muonshard_status account(muonshard_optimizer *o, int64_t step) {
+    if (runs_ahead(o))
+        settle_record(o, step);
+    o->settled = step;
+    return account_times(o, step);
+}
+
+muonshard_status settle_until(muonshard_optimizer *o, int64_t step) {
+    while (o->settled < step) {
+        const int64_t next = o->settled + 1;
+        const double begin = now_s();
+        const double deadline =
+            next == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
+        for (bool over = false; !over;) {
+            const double waited = now_s() - begin;
+            TRY(look(o, next, &over));
+            if (!over && waited > deadline)
+                return time_out(o, next, deadline);
+            if (!over)
+                comm_back_off(waited);
+        }
+        TRY(account(o, next));
+    }
+    return MUONSHARD_OK;
+}
+
+muonshard_status settle_what_is_over(muonshard_optimizer *o) {
+    const int64_t last = o->open ? o->step - 1 : o->step;
+    while (o->settled < last) {
+        bool over = false;
+        TRY(look(o, o->settled + 1, &over));
+        if (!over)
+            break;
+        TRY(account(o, o->settled + 1));
+    }
+    return MUONSHARD_OK;
+}

@@ -1,0 +1,116 @@
+/* emulation.cpp - runs the blocks of a grid one after the other, and the threads of a block by turns
+ * from barrier to barrier. */
+#include "cuda_emulation.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include <ucontext.h>
+
+#include "fake.h"
+
+thread_local uint3 threadIdx, blockIdx;
+thread_local dim3 blockDim, gridDim;
+
+namespace {
+
+const size_t STACK = 128 << 10;
+
+struct fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done = true;
+};
+
+thread_local std::vector<fiber> fibers;
+thread_local ucontext_t scheduler;
+thread_local fiber *running; /* NULL: a thread that runs on the caller's stack */
+thread_local const std::function<void()> *body;
+
+void enter() {
+    (*body)();
+    running->done = true;
+    swapcontext(&running->context, &scheduler);
+}
+
+void set_thread(unsigned i) {
+    threadIdx.x = i % blockDim.x;
+    threadIdx.y = i / blockDim.x % blockDim.y;
+    threadIdx.z = i / blockDim.x / blockDim.y;
+}
+
+void resume(unsigned i) {
+    running = &fibers[i];
+    set_thread(i);
+    swapcontext(&scheduler, &running->context);
+    running = nullptr;
+}
+
+void start(unsigned i) {
+    fiber &f = fibers[i];
+    if (f.stack.empty())
+        f.stack.resize(STACK);
+    f.done = false;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = STACK;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+    resume(i);
+}
+
+void run_block(const std::function<void()> &thread) {
+    const unsigned count = blockDim.x * blockDim.y * blockDim.z;
+    if (fibers.size() < count)
+        fibers.resize(count);
+    body = &thread;
+    start(0);
+    if (fibers[0].done) { /* no barrier in this block */
+        for (unsigned i = 1; i < count; i++) {
+            set_thread(i);
+            thread();
+        }
+        return;
+    }
+    for (unsigned i = 1; i < count; i++)
+        start(i);
+    for (bool any = true; any;) {
+        any = false;
+        for (unsigned i = 0; i < count; i++)
+            if (!fibers[i].done) {
+                resume(i);
+                any = true;
+            }
+    }
+}
+
+} // namespace
+
+void emulated_barrier(void) {
+    if (!running) {
+        fprintf(stderr, "emulation: a barrier that not all threads of a block come to\n");
+        abort();
+    }
+    swapcontext(&running->context, &scheduler);
+}
+
+/* The limits of every device there is. */
+cudaError_t emulated_launch(cudaStream_t stream, dim3 grid, dim3 block, size_t parameter_bytes,
+                            std::function<void()> thread) {
+    if (fake_fails())
+        return cudaErrorLaunchFailure;
+    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 ||
+        block.x * block.y * block.z > 1024 || parameter_bytes > 4096)
+        return cudaErrorInvalidConfiguration;
+    return fake_enqueue(stream, [=] {
+        gridDim = grid;
+        blockDim = block;
+        for (unsigned z = 0; z < grid.z; z++)
+            for (unsigned y = 0; y < grid.y; y++)
+                for (unsigned x = 0; x < grid.x; x++) {
+                    blockIdx = {x, y, z};
+                    run_block(thread);
+                }
+    });
+}

@@ -1,0 +1,245 @@
+/* fake_blas.cpp - the calls of cuBLASLt that the backend makes, on OpenBLAS: operands rounded as the
+ * device would, sums in fp32 (fp64 for fp64), one rounding of the result. */
+#include <cblas.h>
+#include <cublasLt.h>
+
+#include <cstring>
+#include <vector>
+
+#include "dtype_bits.h"
+#include "fake.h"
+
+namespace {
+
+struct operation {
+    cublasComputeType_t compute;
+    bool left_transposed = false;
+};
+
+struct layout {
+    cudaDataType type;
+    size_t rows, cols;
+    int64_t leading, stride = 0;
+    int32_t batch = 1;
+};
+
+size_t size_of(cudaDataType type) {
+    return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2;
+}
+
+float tf32(float x) {
+    return float_of(nearest(bits_of(x), 13) << 13);
+}
+
+/* Matrix number `i` of a batch, closely packed. */
+std::vector<double> load(const layout &l, const void *memory, int64_t i, bool round_tf32) {
+    std::vector<double> out(l.rows * l.cols);
+    const char *base = (const char *)memory + (size_t)(i * l.stride) * size_of(l.type);
+    for (size_t c = 0; c < l.cols; c++)
+        for (size_t r = 0; r < l.rows; r++) {
+            const size_t at = c * (size_t)l.leading + r;
+            double x;
+            switch (l.type) {
+            case CUDA_R_64F: x = ((const double *)base)[at]; break;
+            case CUDA_R_16BF: x = from_bf16(((const uint16_t *)base)[at]); break;
+            case CUDA_R_16F: x = from_fp16(((const uint16_t *)base)[at]); break;
+            default: x = ((const float *)base)[at];
+            }
+            out[c * l.rows + r] = round_tf32 ? tf32((float)x) : x;
+        }
+    return out;
+}
+
+void store(const layout &l, void *memory, int64_t i, const std::vector<double> &x) {
+    char *base = (char *)memory + (size_t)(i * l.stride) * size_of(l.type);
+    for (size_t c = 0; c < l.cols; c++)
+        for (size_t r = 0; r < l.rows; r++) {
+            const size_t at = c * (size_t)l.leading + r;
+            const double value = x[c * l.rows + r];
+            switch (l.type) {
+            case CUDA_R_64F: ((double *)base)[at] = value; break;
+            case CUDA_R_16BF: ((uint16_t *)base)[at] = to_bf16((float)value); break;
+            case CUDA_R_16F: ((uint16_t *)base)[at] = to_fp16((float)value); break;
+            default: ((float *)base)[at] = (float)value;
+            }
+        }
+}
+
+void multiply_fp32(const operation &o, const layout &d, size_t depth, double alpha,
+                   const std::vector<double> &a, const std::vector<double> &b,
+                   std::vector<double> &out) {
+    const std::vector<float> left(a.begin(), a.end()), right(b.begin(), b.end());
+    std::vector<float> sum(out.begin(), out.end());
+    cblas_sgemm(CblasColMajor, o.left_transposed ? CblasTrans : CblasNoTrans, CblasNoTrans,
+                (int)d.rows, (int)d.cols, (int)depth, (float)alpha, left.data(),
+                (int)(o.left_transposed ? depth : d.rows), right.data(), (int)depth, 1.0f,
+                sum.data(), (int)d.rows);
+    out.assign(sum.begin(), sum.end());
+}
+
+void multiply(const operation &o, const layout &la, const layout &lb, const layout &d, double alpha,
+              double beta, const void *a, const void *b, const void *c, void *dst) {
+    const bool wide = o.compute == CUBLAS_COMPUTE_64F;
+    const bool round = o.compute == CUBLAS_COMPUTE_32F_FAST_TF32;
+    const size_t depth = o.left_transposed ? la.rows : la.cols;
+    for (int64_t i = 0; i < d.batch; i++) {
+        const std::vector<double> left = load(la, a, i, round), right = load(lb, b, i, round);
+        std::vector<double> out(d.rows * d.cols, 0.0);
+        if (beta != 0.0) {
+            out = load(d, c, i, false);
+            for (double &x : out)
+                x *= beta;
+        }
+        if (wide)
+            cblas_dgemm(CblasColMajor, o.left_transposed ? CblasTrans : CblasNoTrans, CblasNoTrans,
+                        (int)d.rows, (int)d.cols, (int)depth, alpha, left.data(),
+                        (int)(o.left_transposed ? depth : d.rows), right.data(), (int)depth, 1.0,
+                        out.data(), (int)d.rows);
+        else
+            multiply_fp32(o, d, depth, alpha, left, right, out);
+        store(d, dst, i, out);
+    }
+}
+
+} // namespace
+
+#define MAY_FAIL()                                                                                 \
+    do {                                                                                           \
+        if (fake_fails())                                                                          \
+            return CUBLAS_STATUS_INTERNAL_ERROR;                                                   \
+    } while (0)
+
+extern "C" {
+
+cublasStatus_t cublasLtCreate(cublasLtHandle_t *out) {
+    MAY_FAIL();
+    *out = (cublasLtHandle_t) new int(0);
+    fake_count(1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+    delete (int *)handle;
+    fake_count(-1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+const char *cublasLtGetStatusString(cublasStatus_t) {
+    return "a fake failure";
+}
+
+/* The header makes these of the _internal ones, or inline of their own. */
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *out, cublasComputeType_t compute,
+                                        cudaDataType_t) {
+    MAY_FAIL();
+    operation *o = new operation;
+    o->compute = compute;
+    *out = (cublasLtMatmulDesc_t)o;
+    fake_count(1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) {
+    delete (operation *)desc;
+    fake_count(-1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
+                                              cublasLtMatmulDescAttributes_t attribute,
+                                              const void *value, size_t) {
+    MAY_FAIL();
+    if (attribute != CUBLASLT_MATMUL_DESC_TRANSA)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    ((operation *)desc)->left_transposed = *(const cublasOperation_t *)value == CUBLAS_OP_T;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *out, cudaDataType type,
+                                          uint64_t rows, uint64_t cols, int64_t leading) {
+    MAY_FAIL();
+    layout *l = new layout;
+    l->type = type;
+    l->rows = rows;
+    l->cols = cols;
+    l->leading = leading;
+    *out = (cublasLtMatrixLayout_t)l;
+    fake_count(1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t given) {
+    delete (layout *)given;
+    fake_count(-1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t given,
+                                                cublasLtMatrixLayoutAttribute_t attribute,
+                                                const void *value, size_t) {
+    MAY_FAIL();
+    layout *l = (layout *)given;
+    if (attribute == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT)
+        l->batch = *(const int32_t *)value;
+    else if (attribute == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET)
+        l->stride = *(const int64_t *)value;
+    else
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *out) {
+    MAY_FAIL();
+    *out = (cublasLtMatmulPreference_t) new int(0);
+    fake_count(1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t given) {
+    delete (int *)given;
+    fake_count(-1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t,
+                                                    cublasLtMatmulPreferenceAttributes_t,
+                                                    const void *, size_t) {
+    MAY_FAIL();
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatmulPreference_t, int,
+                                              cublasLtMatmulHeuristicResult_t *result, int *found) {
+    MAY_FAIL();
+    memset(result, 0, sizeof *result);
+    *found = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha,
+                              const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
+                              cublasLtMatrixLayout_t b_layout, const void *beta, const void *c,
+                              cublasLtMatrixLayout_t, void *d, cublasLtMatrixLayout_t d_layout,
+                              const cublasLtMatmulAlgo_t *, void *workspace, size_t bytes,
+                              cudaStream_t stream) {
+    MAY_FAIL();
+    const operation o = *(operation *)desc;
+    const layout la = *(layout *)a_layout, lb = *(layout *)b_layout, ld = *(layout *)d_layout;
+    const bool wide = o.compute == CUBLAS_COMPUTE_64F;
+    const double scale = wide ? *(const double *)alpha : (double)*(const float *)alpha;
+    const double more = wide ? *(const double *)beta : (double)*(const float *)beta;
+    /* What the device supports together. */
+    if (la.type != lb.type || la.batch != ld.batch || lb.batch != ld.batch ||
+        (ld.type != la.type && !(ld.type == CUDA_R_32F && size_of(la.type) == 2)))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    const cudaError_t status = fake_enqueue(stream, [=] {
+        memset(workspace, 0xff, bytes < 4096 ? bytes : 4096);
+        multiply(o, la, lb, ld, scale, more, a, b, c, d);
+    });
+    return status == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+}
+
+} // extern "C"
