@@ -278,3 +278,33 @@ cudaError_t cuda_round(const float *src, size_t count, ns_dtype dtype, void *dst
     return launch(round_kernel, dim3(blocks_for(count)), dim3(THREADS), stream, src, count,
                   stored_as(dtype), dst);
 }
+
+/* A tile below the diagonal, or on it, a block: turned, it takes the place of the one above. */
+__global__ static void mirror_kernel(void *a, int64_t m, muonshard_dtype dtype) {
+    __shared__ float tile[TILE][TILE + 1];
+    const int64_t row = (int64_t)blockIdx.x * TILE, col = (int64_t)blockIdx.y * TILE;
+    const size_t before = (size_t)blockIdx.z * (size_t)m * (size_t)m;
+    if (col > row)
+        return;
+    for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y)
+        if (row + k < m && col + threadIdx.x < m)
+            tile[k][threadIdx.x] = load_element(
+                a, dtype, before + place(row + k, col + threadIdx.x, m, m, false));
+    __syncthreads();
+    for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y)
+        if (col + k < m && row + threadIdx.x < m && row + threadIdx.x > col + k)
+            store_element(a, dtype, before + place(col + k, row + threadIdx.x, m, m, false),
+                          tile[threadIdx.x][k]);
+}
+
+cudaError_t cuda_mirror(void *a, size_t count, int64_t m, ns_dtype dtype, cudaStream_t stream) {
+    const size_t matrix = (size_t)m * (size_t)m * dtype_size(stored_as(dtype));
+    const unsigned tiles = (unsigned)((m + TILE - 1) / TILE);
+    cudaError_t status = cudaSuccess;
+    for (size_t done = 0; done < count && status == cudaSuccess; done += 65535) {
+        const unsigned z = (unsigned)(count - done < 65535 ? count - done : 65535);
+        status = launch(mirror_kernel, dim3(tiles, tiles, z), dim3(TILE, TILE_ROWS), stream,
+                        (void *)((char *)a + done * matrix), m, stored_as(dtype));
+    }
+    return status;
+}

@@ -1,6 +1,7 @@
 /* cuda_orthogonalize.c - runs a Newton-Schulz program on all matrices of a batch at a time: products
- * through cuBLASLt, everything else through kernels of ours. Symmetric results are computed whole, so
- * that they equal their transpose as far as cuBLASLt adds up in one order. */
+ * through cuBLASLt, everything else through kernels of ours. Symmetric results are computed whole. X X^T
+ * comes out symmetric as far as cuBLASLt adds up in one order; what only commutes does not, and the
+ * Gram form, which multiplies such squares on and on, wants it to be: it is mirrored. */
 #include "kernels/cuda.h"
 #include "kernels/cuda_kernels.h"
 
@@ -202,7 +203,11 @@ static muonshard_status multiply(const buffers *s, const ns_instruction *op) {
         g.b = g.a;
     else
         TRY(operand(s, b, dtype, 1, &g.b));
-    return gemm_run(s->self, &g, s->gemm);
+    TRY(gemm_run(s->self, &g, s->gemm));
+    if (op->kind == NS_COMMUTING_PRODUCT)
+        TRY_CUDA(s->self, cuda_mirror(s->at[op->dst], s->count, s->m,
+                                      ns_stored(s->program, op->dst), s->stream));
+    return MUONSHARD_OK;
 }
 
 static muonshard_status run(const buffers *s, const ns_instruction *op,
@@ -238,7 +243,8 @@ muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
     lay_out(&s, (uintptr_t)workspace);
     for (int i = 0; i < program->count; i++)
         TRY(run(&s, &program->code[i], items));
-    TRY_CUDA(self, cuda_give_back(items, count, m, n, program->dtype, s.at[program->result],
+    TRY_CUDA(self, cuda_give_back(items, count, m, n, ns_stored(program, program->result),
+                                  s.at[program->result],
                                   s.stream));
     return MUONSHARD_OK;
 }

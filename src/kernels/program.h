@@ -19,9 +19,9 @@ typedef enum ns_kind {
                      rounded; a zero matrix stays zero. `a`, unless none, gets dst dst^T of
                      the outcome, which aol and schatten4 have at hand */
     NS_SYMMETRIC_PRODUCT, /* dst = alpha a a^T + beta c, with c symmetric; dst equals its transpose
-                             to the bit */
-    NS_COMMUTING_PRODUCT, /* dst = alpha a b + beta c of symmetric [m, m] that commute: as above,
-                             dst equals its transpose to the bit */
+                             to the bit, but through a library that has no such product */
+    NS_COMMUTING_PRODUCT, /* dst = alpha a b + beta c of symmetric [m, m] that commute: dst equals
+                             its transpose to the bit */
     NS_PRODUCT,           /* dst = alpha a b + beta c */
     NS_ADD_IDENTITY       /* dst = a + alpha I */
 } ns_kind;

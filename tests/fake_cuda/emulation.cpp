@@ -6,9 +6,46 @@
 #include <cstdlib>
 #include <vector>
 
+#include "fake.h"
+
+/* ---- a change of stacks ---- */
+
+#ifdef __x86_64__
+/* What a call keeps goes to the old stack, whose top is left in *from. */
+extern "C" void change_stacks(void **from, void *to);
+__asm__(".text\n"
+        "change_stacks:\n"
+        "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
+        "mov %rsp, (%rdi)\n"
+        "mov %rsi, %rsp\n"
+        "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n"
+        "ret\n");
+
+struct stack_top {
+    void *at = nullptr;
+    void prepare(char *stack, size_t size, void (*entry)()) {
+        void **top = (void **)(((size_t)(stack + size)) / 16 * 16);
+        *--top = nullptr; /* where entry, which never returns, would return to */
+        *--top = (void *)entry;
+        at = top - 6;
+    }
+    void to(stack_top &other) { change_stacks(&at, other.at); }
+};
+#else
 #include <ucontext.h>
 
-#include "fake.h"
+struct stack_top {
+    ucontext_t context;
+    void prepare(char *stack, size_t size, void (*entry)()) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = size;
+        context.uc_link = nullptr;
+        makecontext(&context, entry, 0);
+    }
+    void to(stack_top &other) { swapcontext(&context, &other.context); }
+};
+#endif
 
 thread_local uint3 threadIdx, blockIdx;
 thread_local dim3 blockDim, gridDim;
@@ -18,20 +55,20 @@ namespace {
 const size_t STACK = 128 << 10;
 
 struct fiber {
-    ucontext_t context;
+    stack_top context;
     std::vector<char> stack;
     bool done = true;
 };
 
 thread_local std::vector<fiber> fibers;
-thread_local ucontext_t scheduler;
+thread_local stack_top scheduler;
 thread_local fiber *running; /* NULL: a thread that runs on the caller's stack */
 thread_local const std::function<void()> *body;
 
 void enter() {
     (*body)();
     running->done = true;
-    swapcontext(&running->context, &scheduler);
+    running->context.to(scheduler);
 }
 
 void set_thread(unsigned i) {
@@ -43,7 +80,7 @@ void set_thread(unsigned i) {
 void resume(unsigned i) {
     running = &fibers[i];
     set_thread(i);
-    swapcontext(&scheduler, &running->context);
+    scheduler.to(running->context);
     running = nullptr;
 }
 
@@ -52,11 +89,7 @@ void start(unsigned i) {
     if (f.stack.empty())
         f.stack.resize(STACK);
     f.done = false;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = STACK;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
+    f.context.prepare(f.stack.data(), STACK, enter);
     resume(i);
 }
 
@@ -92,7 +125,7 @@ void emulated_barrier(void) {
         fprintf(stderr, "emulation: a barrier that not all threads of a block come to\n");
         abort();
     }
-    swapcontext(&running->context, &scheduler);
+    running->context.to(scheduler);
 }
 
 /* The limits of every device there is. */

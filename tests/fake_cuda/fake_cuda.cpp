@@ -95,6 +95,7 @@ struct block {
     size_t bytes;
 };
 std::map<char *, block> blocks;
+std::map<size_t, std::vector<char *>> free_blocks; /* by the room they take */
 std::map<char *, size_t> pinned;
 int touching;
 
@@ -438,15 +439,22 @@ cudaError_t cudaMalloc(void **out, size_t bytes) {
     if (bytes_used + bytes > (size_t)number("FAKE_CUDA_MEMORY", 8L << 30))
         return cudaErrorMemoryAllocation;
     const size_t room = (GUARD + bytes + GUARD + PAGE - 1) / PAGE * PAGE;
-    if (window_used + room > WINDOW)
-        die("the window is used up");
-    char *at = window + window_used + GUARD;
-    mprotect(window + window_used, room, touching ? PROT_READ | PROT_WRITE : PROT_NONE);
-    window_used += room;
+    std::vector<char *> &freed = free_blocks[room];
+    char *at;
+    if (!freed.empty()) {
+        at = freed.back();
+        freed.pop_back();
+    } else {
+        if (window_used + room > WINDOW)
+            die("the window is used up");
+        at = window + window_used + GUARD;
+        mprotect(window + window_used, room, touching ? PROT_READ | PROT_WRITE : PROT_NONE);
+        window_used += room;
+    }
     fake_touch_begin();
     memset(at - GUARD, 0xa5, GUARD);
     memset(at + bytes, 0xa5, GUARD);
-    memset(at, 0xff, bytes < ((size_t)1 << 22) ? bytes : (size_t)1 << 22); /* NaN in any dtype */
+    memset(at, 0xff, bytes < ((size_t)1 << 20) ? bytes : (size_t)1 << 16); /* NaN in any dtype */
     fake_touch_end();
     blocks[at] = {bytes};
     bytes_used += bytes;
@@ -469,7 +477,9 @@ cudaError_t cudaFree(void *memory) {
     check_guards((char *)memory, bytes);
     fake_touch_end();
     char *page = (char *)memory - GUARD;
-    madvise(page, (2 * GUARD + bytes + PAGE - 1) / PAGE * PAGE, MADV_DONTNEED);
+    const size_t room = (2 * GUARD + bytes + PAGE - 1) / PAGE * PAGE;
+    madvise(page, room, MADV_DONTNEED);
+    free_blocks[room].push_back((char *)memory);
     blocks.erase(it);
     bytes_used -= bytes;
     fake_count(-1);
