@@ -60,6 +60,15 @@ static void add_to_oracle(oracle *o, const pair_tensor *t, double lr_multiplier,
     oracle_add(o, &tensor, w0);
 }
 
+/* As the library has them. */
+static void *params_of(const pair *p, size_t k) {
+    return p->narrow_params[k] ? (void *)p->narrow_params[k] : p->params[k];
+}
+
+static void *grads_of(const pair *p, size_t k) {
+    return p->narrow_grads[k] ? (void *)p->narrow_grads[k] : p->grads[k];
+}
+
 static void add(pair *p, size_t k) {
     const pair_tensor *t = &p->tensors[k];
     muonshard_tensor_desc desc = MUONSHARD_TENSOR_DESC_INIT;
@@ -96,8 +105,8 @@ static void add(pair *p, size_t k) {
     narrow(p->narrow_params[k], p->params[k], elements);
     desc.dtype = t->dtype;
     desc.grad_dtype = t->grad_dtype;
-    desc.param = p->narrow_params[k] ? (void *)p->narrow_params[k] : p->params[k];
-    desc.grad = p->narrow_grads[k] ? (void *)p->narrow_grads[k] : p->grads[k];
+    desc.param = images_add(&p->images, params_of(p, k), elements * (p->narrow_params[k] ? 2 : 4));
+    desc.grad = images_add(&p->images, grads_of(p, k), elements * (p->narrow_grads[k] ? 2 : 4));
     int id = -1;
     assert_ok(muonshard_add_tensor(p->optimizer, &desc, &id), t->name,
               muonshard_last_error(p->optimizer));
@@ -127,10 +136,12 @@ void pair_open(pair *p, const char *yaml, const oracle_preset *preset, const pai
     assert_ok(muonshard_config_create(&config), "config", "");
     assert_ok(muonshard_config_load_string(config, yaml), yaml,
               muonshard_config_last_error(config));
+    images_configure(config);
     assert_ok(muonshard_comm_create_self(NULL, &p->comm), "communicator", "");
     assert_ok(muonshard_create(p->comm, config, NULL, &p->optimizer), "create",
               muonshard_comm_last_error(p->comm));
     muonshard_config_destroy(config);
+    p->images.optimizer = p->optimizer;
     for (size_t k = 0; k < count; k++)
         add(p, k);
     assert_ok(muonshard_commit(p->optimizer, MUONSHARD_SYNC_CHECK), "commit",
@@ -138,6 +149,7 @@ void pair_open(pair *p, const char *yaml, const oracle_preset *preset, const pai
 }
 
 void pair_close(pair *p) {
+    images_close(&p->images);
     muonshard_destroy(p->optimizer);
     muonshard_comm_destroy(p->comm);
     oracle_close(&p->exact);
@@ -163,7 +175,7 @@ void pair_close(pair *p) {
 
 void pair_set_absent(pair *p, size_t tensor, bool absent) {
     p->absent[tensor] = absent;
-    const void *grad = p->narrow_grads[tensor] ? (void *)p->narrow_grads[tensor] : p->grads[tensor];
+    const void *grad = images_of(&p->images, grads_of(p, tensor));
     assert_ok(muonshard_set_grad(p->optimizer, (int)tensor, absent ? NULL : grad), "set_grad",
               muonshard_last_error(p->optimizer));
 }
@@ -184,12 +196,15 @@ void pair_step_library(pair *p, const muonshard_step_args *args) {
     for (size_t k = 0; k < p->count; k++) {
         memcpy(p->grads_before[k], p->grads[k], p->elements[k] * sizeof(float));
         narrow(p->narrow_grads[k], p->grads[k], p->elements[k]);
+        assert_ok(images_upload(&p->images, grads_of(p, k)), "upload", "");
     }
     assert_ok(muonshard_step(p->optimizer, args), "step", muonshard_last_error(p->optimizer));
     p->result = (muonshard_step_result_info)MUONSHARD_STEP_RESULT_INIT;
     assert_ok(muonshard_step_result(p->optimizer, 0, 1, &p->result), "step_result",
               muonshard_last_error(p->optimizer));
     for (size_t k = 0; k < p->count; k++) {
+        assert_ok(images_download(&p->images, params_of(p, k)), "download", "");
+        assert_ok(images_download(&p->images, grads_of(p, k)), "download", "");
         widen(p->params[k], p->narrow_params[k], p->elements[k]);
         widen(p->grads[k], p->narrow_grads[k], p->elements[k]);
         if (memcmp(p->grads_before[k], p->grads[k], p->elements[k] * sizeof(float)) != 0)

@@ -3,6 +3,7 @@
 #ifndef ORACLE_PAIR_H
 #define ORACLE_PAIR_H
 
+#include "device_images.h"
 #include <muonshard.h>
 #include "oracle_optimizer.h"
 
@@ -26,6 +27,7 @@ typedef struct pair_tensor {
  */
 typedef struct pair {
     muonshard_comm *comm;
+    device_images images;
     muonshard_optimizer *optimizer;
     oracle exact, rounded;
     const pair_tensor *tensors;

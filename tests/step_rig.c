@@ -103,8 +103,8 @@ static void add(rig *r, size_t i) {
     d.null_grad = t->null_grad;
     d.dtype = t->dtype;
     d.grad_dtype = t->grad_dtype;
-    d.param = r->params[i];
-    d.grad = r->grads[i];
+    d.param = images_add(&r->images, r->params[i], r->elements[i] * size_of(t->dtype));
+    d.grad = images_add(&r->images, r->grads[i], r->elements[i] * size_of(t->grad_dtype));
     const muonshard_status status = muonshard_add_tensor(r->optimizer, &d, NULL);
     note(r, status, muonshard_last_error(r->optimizer));
 }
@@ -117,9 +117,12 @@ void rig_prepare(rig *r, muonshard_comm *comm, const rig_case *setup) {
         note(r, muonshard_config_load_string(config, setup->yaml),
              muonshard_config_last_error(config));
     if (r->status == MUONSHARD_OK)
+        images_configure(config);
+    if (r->status == MUONSHARD_OK)
         note(r, muonshard_create(comm, config, NULL, &r->optimizer),
              muonshard_comm_last_error(comm));
     muonshard_config_destroy(config);
+    r->images.optimizer = r->optimizer;
     for (size_t i = 0; r->status == MUONSHARD_OK && i < setup->count; i++)
         add(r, i);
 }
@@ -160,8 +163,19 @@ static void mark_ready(rig *r, size_t i) {
     }
 }
 
+const void *rig_grad(const rig *r, size_t tensor) {
+    return images_of(&r->images, r->grads[tensor]);
+}
+
+void rig_push(rig *r) {
+    for (size_t i = 0; i < r->setup->count; i++)
+        note(r, images_upload(&r->images, r->params[i]), "upload");
+}
+
 void rig_step(rig *r) {
     const size_t count = r->setup->count;
+    for (size_t i = 0; i < count; i++)
+        note(r, images_upload(&r->images, r->grads[i]), "upload");
     if (r->setup->overlap == RIG_READY_BACKWARD)
         for (size_t i = count; i-- > 0;)
             mark_ready(r, i);
@@ -178,9 +192,12 @@ void rig_step(rig *r) {
         note(r,
              muonshard_tensor_wait(r->optimizer, (int)i, 0, entries(&r->setup->tensors[i]), NULL),
              muonshard_last_error(r->optimizer));
+    for (size_t i = 0; i < count; i++)
+        note(r, images_download(&r->images, r->params[i]), "download");
 }
 
 void rig_close(rig *r) {
+    images_close(&r->images);
     muonshard_destroy(r->optimizer);
     for (size_t i = 0; i < r->setup->count; i++) {
         free(r->params[i]);

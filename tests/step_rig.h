@@ -1,11 +1,12 @@
 /* step_rig.h - an optimizer over made-up tensors on any communicator, for tests at several ranks.
  * Nothing here asserts: it runs in threads, where cmocka can't; statuses and bytes go back to the
- * caller. Sees the public header only. */
+ * caller. Sees the public header only, but for memory of a device. */
 #ifndef STEP_RIG_H
 #define STEP_RIG_H
 
 #include <stdbool.h>
 #include <muonshard.h>
+#include "device_images.h"
 
 #define RIG_MAX_TENSORS 24
 
@@ -50,6 +51,7 @@ typedef struct rig {
     muonshard_optimizer *optimizer;
     size_t elements[RIG_MAX_TENSORS];
     float *params[RIG_MAX_TENSORS], *grads[RIG_MAX_TENSORS]; /* of the tensor's dtypes */
+    device_images images; /* of them, where the backend is not the host's */
     int step;
     muonshard_status status; /* the first that was not OK */
     char message[1024];
@@ -65,6 +67,10 @@ void rig_gradients(rig *r);
 void rig_gradients_of(rig *r, int rank);
 void rig_step(rig *r);
 void rig_close(rig *r);
+/* What the optimizer is given as a tensor's gradient. */
+const void *rig_grad(const rig *r, size_t tensor);
+/* Parameters that were changed on the host, to where the optimizer has them. */
+void rig_push(rig *r);
 /* Of a tensor's parameters. */
 size_t rig_bytes(const rig *r, size_t tensor);
 /* FNV-1a of all parameters' bytes. */

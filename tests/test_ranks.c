@@ -268,7 +268,7 @@ static void some_have_none(rig *r, outcome *out) {
                 if (!here && out->number[1] == 1.0)
                     memset(r->grads[t], 0, r->elements[t] * sizeof(float));
                 muonshard_set_grad(r->optimizer, (int)t,
-                                   here || out->number[1] == 1.0 ? r->grads[t] : NULL);
+                                   here || out->number[1] == 1.0 ? rig_grad(r, t) : NULL);
             }
         }
         rig_step(r);

@@ -95,7 +95,7 @@ static void step_without_gradient(rig *r, outcome *out) {
     rig_step(r);
     out->number[rank] = rig_digest(r) != before;
     if (rank == 1)
-        muonshard_set_grad(r->optimizer, 2, r->grads[2]);
+        muonshard_set_grad(r->optimizer, 2, rig_grad(r, 2));
     /* The handle is alive: the next step is a step. */
     if (muonshard_step(r->optimizer, NULL) != MUONSHARD_OK || rig_digest(r) == before)
         out->number[rank] = 2;

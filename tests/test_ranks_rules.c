@@ -112,7 +112,7 @@ static void sometimes_null(rig *r, outcome *out) {
             if (absent && out->variant & 1)
                 memset(r->grads[t], 0, r->elements[t] * sizeof(float));
             muonshard_set_grad(r->optimizer, (int)t,
-                               absent && !(out->variant & 1) ? NULL : r->grads[t]);
+                               absent && !(out->variant & 1) ? NULL : rig_grad(r, t));
         }
         rig_step(r);
     }

@@ -273,10 +273,10 @@ typedef struct backend_ops {
 } backend_ops;
 
 /* Compute operations between two collectives, as one launch. */
-typedef enum segment_state {
-    SEGMENT_RUN,   /* run the operations, then end_segment */
-    SEGMENT_REPLAY /* they are on their way, as they were the last time: leave them out */
-} segment_state;
+typedef enum segment_mode {
+    SEGMENT_RECORD,       /* what is given to the compute stream is recorded, and runs at the end */
+    SEGMENT_RECORD_ALONE, /* is recorded and doesn't run */
+} segment_mode;
 
 /* What a backend has beside when its streams run by themselves and its memory is not the host's.
  * None of these waits for the device. */
@@ -302,12 +302,12 @@ typedef struct stream_ops {
     muonshard_status (*wait_stamp)(backend *self, size_t index, void *native);
     /* From one stamp that is passed to another. */
     muonshard_status (*stamp_seconds)(backend *self, size_t from, size_t to, double *seconds);
-    /* Segment `index` of [0, count), which is the same as the last time if `version` is. Nothing of
-     * it may be copied to or from the host but through `write` of what never changes. */
+    /* Room for segments [0, count), recorded between begin and end, each once: after that replay
+     * runs it again, as often as wanted. What is recorded has run before as it is. */
     muonshard_status (*alloc_segments)(backend *self, size_t count);
-    muonshard_status (*begin_segment)(backend *self, size_t index, uint64_t version,
-                                      segment_state *state);
-    muonshard_status (*end_segment)(backend *self, size_t index);
+    muonshard_status (*begin_segment)(backend *self);
+    muonshard_status (*end_segment)(backend *self, size_t index, segment_mode mode);
+    muonshard_status (*replay_segment)(backend *self, size_t index);
     void *(*native)(backend *self, backend_stream stream); /* cudaStream_t */
     /* For profilers: what is launched between begin and end. */
     void (*range_begin)(backend *self, const char *name);

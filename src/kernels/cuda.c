@@ -263,12 +263,6 @@ static muonshard_status cuda_stamp_seconds(backend *self, size_t from, size_t to
 
 /* ---- segments ---- */
 
-static void drop_graph(segment *s) {
-    if (s->graph)
-        cudaGraphExecDestroy(s->graph);
-    s->graph = NULL;
-}
-
 /* A capture that an error has cut off ends here. */
 static void free_segments(cuda_impl *impl) {
     cudaGraph_t graph = NULL;
@@ -276,7 +270,8 @@ static void free_segments(cuda_impl *impl) {
         cudaGraphDestroy(graph);
     impl->capturing = false;
     for (size_t i = 0; i < impl->segment_count; i++)
-        drop_graph(&impl->segments[i]);
+        if (impl->segments[i])
+            cudaGraphExecDestroy(impl->segments[i]);
     free(impl->segments);
     impl->segments = NULL;
     impl->segment_count = 0;
@@ -291,44 +286,30 @@ static muonshard_status cuda_alloc_segments(backend *self, size_t count) {
     return MUONSHARD_OK;
 }
 
-/* The first time as it is: cuBLASLt makes its choices, and modules are loaded. */
-static muonshard_status cuda_begin_segment(backend *self, size_t index, uint64_t version,
-                                           segment_state *state) {
-    cuda_impl *impl = cuda_of(self);
-    segment *s = &impl->segments[index];
-    *state = SEGMENT_RUN;
+static muonshard_status cuda_begin_segment(backend *self) {
     TRY_CUDA(self, enter(self));
-    if (s->version != version) {
-        drop_graph(s);
-        s->version = version;
-        s->runs = 0;
-    }
-    if (s->graph) {
-        TRY_CUDA(self, cudaGraphLaunch(s->graph, stream_of(self, STREAM_COMPUTE)));
-        *state = SEGMENT_REPLAY;
-        return MUONSHARD_OK;
-    }
-    if (s->runs++ == 0)
-        return MUONSHARD_OK;
     TRY_CUDA(self, cudaStreamBeginCapture(stream_of(self, STREAM_COMPUTE),
                                           cudaStreamCaptureModeThreadLocal));
-    impl->capturing = true;
+    cuda_of(self)->capturing = true;
     return MUONSHARD_OK;
 }
 
-static muonshard_status cuda_end_segment(backend *self, size_t index) {
+static muonshard_status cuda_replay_segment(backend *self, size_t index) {
+    TRY_CUDA(self, enter(self));
+    TRY_CUDA(self,
+             cudaGraphLaunch(cuda_of(self)->segments[index], stream_of(self, STREAM_COMPUTE)));
+    return MUONSHARD_OK;
+}
+
+static muonshard_status cuda_end_segment(backend *self, size_t index, segment_mode mode) {
     cuda_impl *impl = cuda_of(self);
-    segment *s = &impl->segments[index];
-    if (!impl->capturing)
-        return MUONSHARD_OK;
-    impl->capturing = false;
     cudaGraph_t graph = NULL;
+    impl->capturing = false;
     TRY_CUDA(self, cudaStreamEndCapture(stream_of(self, STREAM_COMPUTE), &graph));
-    const cudaError_t code = cudaGraphInstantiate(&s->graph, graph, 0);
+    const cudaError_t code = cudaGraphInstantiate(&impl->segments[index], graph, 0);
     cudaGraphDestroy(graph);
     TRY_CUDA(self, code);
-    TRY_CUDA(self, cudaGraphLaunch(s->graph, stream_of(self, STREAM_COMPUTE)));
-    return MUONSHARD_OK;
+    return mode == SEGMENT_RECORD ? cuda_replay_segment(self, index) : MUONSHARD_OK;
 }
 
 /* ---- ranges ---- */
@@ -402,6 +383,7 @@ static const stream_ops cuda_streams = {
     .alloc_segments = cuda_alloc_segments,
     .begin_segment = cuda_begin_segment,
     .end_segment = cuda_end_segment,
+    .replay_segment = cuda_replay_segment,
     .native = cuda_native,
     .range_begin = cuda_range_begin,
     .range_end = cuda_range_end,

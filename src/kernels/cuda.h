@@ -9,13 +9,6 @@
 
 typedef struct gemm_table gemm_table;
 
-/* A segment is run once as it is, then captured, then replayed while its version stays. */
-typedef struct segment {
-    cudaGraphExec_t graph; /* own, or NULL */
-    uint64_t version;
-    int runs; /* of this version, as it is */
-} segment;
-
 typedef struct cuda_impl {
     int device;
     cudaStream_t streams[STREAM_COUNT]; /* own; one and the same where the device is shared */
@@ -26,7 +19,7 @@ typedef struct cuda_impl {
     double *scratch;                    /* own, device, of the compute stream */
     cudaEvent_t *stamps;                /* own, [stamp_count] */
     size_t stamp_count;
-    segment *segments; /* own, [segment_count] */
+    cudaGraphExec_t *segments; /* own, [segment_count]; NULL until they are recorded */
     size_t segment_count;
     bool capturing; /* on the compute stream */
 } cuda_impl;

@@ -78,7 +78,7 @@ static muonshard_status reserve_streams(muonshard_optimizer *o) {
         return host_array(o, &o->stamps, stamps, sizeof *o->stamps);
     muonshard_status status = b->streams->alloc_stamps(b, stamps + 1);
     if (status == MUONSHARD_OK)
-        status = b->streams->alloc_segments(b, (size_t)o->schedule.segments);
+        status = b->streams->alloc_segments(b, (size_t)o->schedule.segments * STEPS_IN_FLIGHT);
     FAIL_IF(status, &o->error, status, "%s", b->error.text);
     o->graphs = o->settings->cuda_graphs && o->data->ops->on_stream;
     size_t owned = 0;

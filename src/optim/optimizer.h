@@ -126,7 +126,6 @@ struct muonshard_optimizer {
 
     /* the step under way */
     bool graphs;   /* segments are captured and replayed */
-    int replaying; /* segment that was replayed, or OP_NONE */
     size_t next;         /* operation to run next; 0 or schedule.count: none is under way */
     int64_t step;        /* number of the step under way or, between steps, of the last one */
     bool open;           /* a step is under way: begun by grad_ready or step, not finished */

@@ -409,28 +409,6 @@ static muonshard_status await(muonshard_optimizer *o, size_t index) {
     return collective ? settle_stamp(o, index, STAMP_WAIT_TO, operation->stream) : MUONSHARD_OK;
 }
 
-/* Between them a segment is recorded, or left out because it is replayed. */
-static muonshard_status enter_segment(muonshard_optimizer *o, size_t index) {
-    const int segment = o->schedule.ops[index].segment;
-    const bool first = index == 0 || o->schedule.ops[index - 1].segment != segment;
-    if (!o->graphs || segment == OP_NONE || !first)
-        return MUONSHARD_OK;
-    segment_state state;
-    TRY(from_backend(
-        o, o->backend->streams->begin_segment(o->backend, (size_t)segment, 1, &state)));
-    o->replaying = state == SEGMENT_REPLAY ? segment : OP_NONE;
-    return MUONSHARD_OK;
-}
-
-static muonshard_status leave_segment(muonshard_optimizer *o, size_t index) {
-    const int segment = o->schedule.ops[index].segment;
-    const bool last =
-        index + 1 == o->schedule.count || o->schedule.ops[index + 1].segment != segment;
-    if (!o->graphs || segment == OP_NONE || !last || o->replaying == segment)
-        return MUONSHARD_OK;
-    return from_backend(o, o->backend->streams->end_segment(o->backend, (size_t)segment));
-}
-
 static muonshard_status run_kind_of(muonshard_optimizer *o, size_t index, const char *label) {
     const op *operation = &o->schedule.ops[index];
     const stream_ops *streams = o->backend->streams;
@@ -446,17 +424,58 @@ static muonshard_status run_kind_of(muonshard_optimizer *o, size_t index, const 
     return status;
 }
 
+/* Waits, then runs operation `index`. */
 static muonshard_status run_op(muonshard_optimizer *o, size_t index) {
-    const op *operation = &o->schedule.ops[index];
     char label[sizeof o->comm->position.phase];
-    op_label(operation, label, sizeof label);
-    if (operation->waits_on != OP_NONE)
+    op_label(&o->schedule.ops[index], label, sizeof label);
+    if (o->schedule.ops[index].waits_on != OP_NONE)
         TRY(await(o, index));
     comm_mark(o->data, o->step, "%s", label);
-    TRY(enter_segment(o, index));
-    if (operation->segment == OP_NONE || o->replaying != operation->segment)
-        TRY(run_kind_of(o, index, label));
-    return leave_segment(o, index);
+    return run_kind_of(o, index, label);
+}
+
+/* ---- segments ---- */
+
+/* Operations [first, end) into a graph, with the stamps of step `step`. */
+static muonshard_status record_segment(muonshard_optimizer *o, size_t first, size_t end,
+                                       int64_t step, segment_mode mode) {
+    const size_t segment = (size_t)o->schedule.ops[first].segment * STEPS_IN_FLIGHT;
+    const int64_t now = o->step;
+    o->step = step;
+    muonshard_status status = from_backend(o, o->backend->streams->begin_segment(o->backend));
+    for (size_t i = first; i < end && status == MUONSHARD_OK; i++) {
+        char label[sizeof o->comm->position.phase];
+        op_label(&o->schedule.ops[i], label, sizeof label);
+        status = run_kind_of(o, i, label);
+    }
+    o->step = now;
+    TRY(status);
+    return from_backend(o, o->backend->streams->end_segment(
+                               o->backend, segment + (size_t)(step % STEPS_IN_FLIGHT), mode));
+}
+
+/* As it is in the first step, when kernels are loaded and algorithms chosen; recorded in the second,
+ * for each of the steps that can be in flight, and replayed from then on. */
+static muonshard_status run_segment(muonshard_optimizer *o, size_t first, size_t end) {
+    const size_t segment = (size_t)o->schedule.ops[first].segment * STEPS_IN_FLIGHT;
+    if (o->schedule.ops[first].waits_on != OP_NONE)
+        TRY(await(o, first));
+    if (o->step > 2)
+        return from_backend(o, o->backend->streams->replay_segment(
+                                   o->backend, segment + (size_t)(o->step % STEPS_IN_FLIGHT)));
+    TRY(record_segment(o, first, end, o->step, SEGMENT_RECORD));
+    return record_segment(o, first, end, o->step + 1, SEGMENT_RECORD_ALONE);
+}
+
+/* Where the segment that operation `index` is in ends; `index` where it is in none. */
+static size_t segment_end(const muonshard_optimizer *o, size_t index) {
+    const int segment = o->schedule.ops[index].segment;
+    size_t end = index;
+    if (!o->graphs || segment == OP_NONE || o->step == 1)
+        return index;
+    while (end < o->schedule.count && o->schedule.ops[end].segment == segment)
+        end++;
+    return end;
 }
 
 /* The caller's gradients are final where its stream is now. */
@@ -488,7 +507,6 @@ muonshard_status step_begin(muonshard_optimizer *o) {
     o->open = true;
     o->called = false;
     o->failed = false;
-    o->replaying = OP_NONE;
     o->step_status = MUONSHARD_OK;
     o->begun[o->step % STEPS_IN_FLIGHT] = now_s();
     o->data->options.timeout_s = o->data == o->comm ? o->comm->options.timeout_s : deadline(o);
@@ -556,8 +574,9 @@ static muonshard_status finish(muonshard_optimizer *o) {
 muonshard_status step_run_until(muonshard_optimizer *o, size_t end) {
     const double start = now_s();
     while (o->next < end) {
-        TRY(run_op(o, o->next));
-        o->next++;
+        const size_t after = segment_end(o, o->next);
+        TRY(after > o->next ? run_segment(o, o->next, after) : run_op(o, o->next));
+        o->next = after > o->next ? after : o->next + 1;
     }
     const bool last = o->next == o->schedule.count && o->open;
     const muonshard_status status = last ? finish(o) : MUONSHARD_OK;

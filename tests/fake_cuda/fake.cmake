@@ -21,6 +21,6 @@ function(fake_test name)
 endfunction()
 
 # The contract of the backend: the host's own tests.
-foreach(name elementwise matrix_update orthogonalize_cases newton_schulz)
+foreach(name elementwise matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
   fake_test(${name})
 endforeach()
