@@ -59,7 +59,10 @@ muonshard_status images_download(device_images *im, const void *host) {
     return copy(im, host, false);
 }
 
+/* Freeing waits for the device, which may be waiting for a rank for ever. */
 void images_close(device_images *im) {
+    if (im->optimizer && im->optimizer->data->dead)
+        im->count = 0;
     for (size_t i = 0; i < im->count; i++)
         backend_of(im)->ops->free(backend_of(im), im->list[i].device);
     im->count = 0;

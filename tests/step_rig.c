@@ -174,7 +174,7 @@ void rig_push(rig *r) {
 
 void rig_step(rig *r) {
     const size_t count = r->setup->count;
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < count && r->status == MUONSHARD_OK; i++)
         note(r, images_upload(&r->images, r->grads[i]), "upload");
     if (r->setup->overlap == RIG_READY_BACKWARD)
         for (size_t i = count; i-- > 0;)
@@ -192,7 +192,11 @@ void rig_step(rig *r) {
         note(r,
              muonshard_tensor_wait(r->optimizer, (int)i, 0, entries(&r->setup->tensors[i]), NULL),
              muonshard_last_error(r->optimizer));
-    for (size_t i = 0; i < count; i++)
+    muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
+    if (strcmp(muonshard_backend(r->optimizer), "host") != 0) /* other ranks' errors come later */
+        note(r, muonshard_step_result(r->optimizer, 0, 1, &result),
+             muonshard_last_error(r->optimizer));
+    for (size_t i = 0; i < count && r->status == MUONSHARD_OK; i++)
         note(r, images_download(&r->images, r->params[i]), "download");
 }
 

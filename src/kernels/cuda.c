@@ -340,10 +340,9 @@ static void cuda_destroy(backend *self) {
             cudaEventDestroy(impl->fences[i]);
     if (impl->joined)
         cudaEventDestroy(impl->joined);
-    if (impl->streams[1] != impl->streams[0])
-        cudaStreamDestroy(impl->streams[1]);
-    if (impl->streams[0])
-        cudaStreamDestroy(impl->streams[0]);
+    for (int i = STREAM_COUNT - 1; i >= 0; i--)
+        if (impl->streams[i] && (i == 0 || impl->streams[i] != impl->streams[0]))
+            cudaStreamDestroy(impl->streams[i]);
     free(impl);
     free(self);
 }

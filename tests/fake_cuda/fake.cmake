@@ -13,14 +13,39 @@ target_link_libraries(fake_cuda PRIVATE PkgConfig::OPENBLAS Threads::Threads m)
 set_target_properties(fake_cuda PROPERTIES PREFIX lib OUTPUT_NAME muonshard_cuda SUFFIX .so.0.1
   LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/fake)
 
-# fake_test(NAME [ARGUMENT...]): the test's program once more, on the fake.
+# The test NAME once more, on the fake; FAKE_CUDA_PROTECT=0: without faults, which cost much time.
 function(fake_test name)
-  add_test(NAME ${name}_fake_cuda COMMAND test_${name} ${ARGN})
-  set_tests_properties(${name}_fake_cuda PROPERTIES TIMEOUT 600 LABELS fake
-    ENVIRONMENT "LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/fake;OPENBLAS_NUM_THREADS=1;MUONSHARD_TEST_BACKEND=cuda")
+  cmake_parse_arguments(T "" "TEST;MPI" "ENVIRONMENT" ${ARGN})
+  if(NOT T_TEST)
+    set(T_TEST ${name}_fake_cuda)
+  endif()
+  set(command test_${name})
+  if(T_MPI)
+    set(command ${MPIEXEC_EXECUTABLE} --timeout 300 -n ${T_MPI} $<TARGET_FILE:test_${name}>)
+  endif()
+  add_test(NAME ${T_TEST} COMMAND ${command})
+  set_tests_properties(${T_TEST} PROPERTIES TIMEOUT 600 LABELS fake ENVIRONMENT
+    "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_hwloc_base_binding_policy=none;LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/fake;OPENBLAS_NUM_THREADS=1;MUONSHARD_TEST_BACKEND=cuda;FAKE_CUDA_DEVICES=4;${T_ENVIRONMENT}")
 endfunction()
 
-# The contract of the backend: the host's own tests.
+# The contract of the backend, and the optimizer's numbers: the host's own tests.
 foreach(name elementwise matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
   fake_test(${name})
 endforeach()
+fake_test(ranks ENVIRONMENT FAKE_CUDA_PROTECT=0)
+
+# Programs that make sense on a device only.
+function(device_program name)
+  add_executable(test_${name} test_${name}.c step_rig.c device_images.c ${ARGN})
+  target_include_directories(test_${name} PRIVATE ${PROJECT_SOURCE_DIR}/src ${CMAKE_CURRENT_SOURCE_DIR})
+  target_link_libraries(test_${name} PRIVATE muonshard_mpi_static muonshard_static PkgConfig::CMOCKA Threads::Threads
+    muonshard_flags ${CMAKE_DL_LIBS})
+endfunction()
+device_program(device ranks_fixture.c comm_threads.c)
+fake_test(device TEST device_fake_cuda)
+device_program(device_mpi)
+foreach(n 1 2 4)
+  fake_test(device_mpi TEST device_mpi_fake_cuda_np${n} MPI ${n} ENVIRONMENT FAKE_CUDA_PROTECT=0)
+endforeach()
+fake_test(device_mpi TEST device_shared_fake_cuda_np2 MPI 2
+  ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_DEVICES=1;MUONSHARD_TEST_SHARE=1")

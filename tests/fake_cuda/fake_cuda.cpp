@@ -1,6 +1,7 @@
 /* fake_cuda.cpp - the calls of the CUDA runtime that the backend makes. Device memory is a window
  * that faults when the host touches it. By environment: FAKE_CUDA_DEVICES (1), FAKE_CUDA_DRIVER=0
- * (none), FAKE_CUDA_MEMORY (bytes), FAKE_CUDA_SM (90), FAKE_CUDA_SEED. */
+ * (none), FAKE_CUDA_MEMORY (bytes), FAKE_CUDA_SM (90), FAKE_CUDA_SEED,
+ * FAKE_CUDA_PROTECT=0 (no faults). */
 #include "fake.h"
 
 #include <atomic>
@@ -59,8 +60,11 @@ struct stream {
     size_t done = 0, given = 0; /* operations, in all */
     bool running = false;
     std::thread::id runner; /* while it runs */
+    size_t asked = 0;   /* what somebody wants to be done */
+    bool worked = false; /* a thread is at it */
     bool issuing = false;   /* NCCL has not taken its operation yet */
     bool capturing = false;
+    std::thread::id capturer;
     std::vector<std::function<void(stream *)>> captured;
 };
 
@@ -99,6 +103,11 @@ std::map<size_t, std::vector<char *>> free_blocks; /* by the room they take */
 std::map<char *, size_t> pinned;
 int touching;
 
+bool protects() {
+    static const bool yes = number("FAKE_CUDA_PROTECT", 1) != 0;
+    return yes;
+}
+
 void open_window() {
     if (window)
         return;
@@ -130,13 +139,13 @@ void check_guards(char *at, size_t bytes) {
 
 void fake_touch_begin(void) {
     guard g(lock);
-    if (touching++ == 0 && window_used)
+    if (touching++ == 0 && window_used && protects())
         mprotect(window, window_used, PROT_READ | PROT_WRITE);
 }
 
 void fake_touch_end(void) {
     guard g(lock);
-    if (--touching == 0 && window_used)
+    if (--touching == 0 && window_used && protects())
         mprotect(window, window_used, PROT_NONE);
 }
 
@@ -201,15 +210,29 @@ void run_until(stream *s, size_t end) {
     s->running = false;
 }
 
-void maybe_run() {
-    if (!random_state || streams.empty())
-        return;
-    while (chance() % 3 == 0) {
-        auto it = streams.begin();
-        std::advance(it, chance() % streams.size());
-        if ((*it)->done < (*it)->given && !(*it)->running)
-            run_until(*it, (*it)->done + 1);
+void work(stream *s) {
+    guard g(lock);
+    while (s->done < s->asked)
+        run_until(s, s->asked);
+    s->worked = false;
+}
+
+/* Sooner or later, in a thread, which may wait for other ranks. */
+void ask(stream *s, size_t end) {
+    s->asked = s->asked > end ? s->asked : end;
+    if (!s->worked) {
+        s->worked = true;
+        std::thread(work, s).detach();
     }
+}
+
+void maybe_run() {
+    if (!random_state || streams.empty() || chance() % 4)
+        return;
+    auto it = streams.begin();
+    std::advance(it, chance() % streams.size());
+    if ((*it)->done < (*it)->given)
+        ask(*it, (*it)->done + 1 + chance() % ((*it)->given - (*it)->done));
 }
 
 cudaError_t enqueue(stream *s, std::function<void()> run) {
@@ -221,9 +244,16 @@ cudaError_t enqueue(stream *s, std::function<void()> run) {
     return cudaSuccess;
 }
 
+void run_device() {
+    const std::vector<stream *> all(streams.begin(), streams.end());
+    for (stream *s : all)
+        if (s->device == current_device)
+            run_until(s, s->given);
+}
+
 bool any_capture() {
     for (stream *s : streams)
-        if (s->capturing)
+        if (s->capturing && s->capturer == std::this_thread::get_id())
             return true;
     return false;
 }
@@ -290,6 +320,11 @@ void fake_run_all(cudaStream_t given) {
     run_until(s, s->given);
 }
 
+static void wait_for_worker(stream *s) {
+    while (s->worked)
+        fake_let_others(50);
+}
+
 extern "C" {
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned, int) {
@@ -312,8 +347,9 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags) {
 cudaError_t cudaStreamDestroy(cudaStream_t given) {
     guard g(lock);
     stream *s = of(given);
-    if (!s || !streams.count(s))
+    if (!given || !streams.count(s))
         return cudaErrorInvalidResourceHandle;
+    wait_for_worker(s);
     run_until(s, s->given);
     streams.erase(s);
     fake_count(-1); /* its memory stays, for events on it */
@@ -335,8 +371,7 @@ cudaError_t cudaDeviceSynchronize(void) {
     MAY_FAIL(cudaErrorLaunchFailure);
     guard g(lock);
     waits++;
-    for (stream *s : streams)
-        run_until(s, s->given);
+    run_device();
     return cudaSuccess;
 }
 
@@ -376,6 +411,7 @@ static cudaError_t record(event *e, stream *s) {
     return enqueue(s, [e] { e->time = now(); });
 }
 
+
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t given, cudaStream_t on, unsigned flags) {
     MAY_FAIL(cudaErrorLaunchFailure);
     guard g(lock);
@@ -405,16 +441,15 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t given, cudaEvent_t what, unsigned) 
     return enqueue(s, [e] { run_until(e.on, e.at); });
 }
 
-/* A device goes on by itself: somebody who asks often enough gets there. */
+/* A device goes on by itself: in a thread, which may wait for other ranks; who asks never does. */
 cudaError_t cudaEventQuery(cudaEvent_t given) {
     MAY_FAIL(cudaErrorLaunchFailure);
     guard g(lock);
     event *e = (event *)given;
     if (!e->on || e->on->done >= e->at)
         return cudaSuccess;
-    if (!e->on->running)
-        run_until(e->on, e->on->done + 1);
-    return e->on->done >= e->at ? cudaSuccess : cudaErrorNotReady;
+    ask(e->on, e->at);
+    return cudaErrorNotReady;
 }
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
@@ -448,7 +483,7 @@ cudaError_t cudaMalloc(void **out, size_t bytes) {
         if (window_used + room > WINDOW)
             die("the window is used up");
         at = window + window_used + GUARD;
-        mprotect(window + window_used, room, touching ? PROT_READ | PROT_WRITE : PROT_NONE);
+        mprotect(window + window_used, room, touching || !protects() ? PROT_READ | PROT_WRITE : PROT_NONE);
         window_used += room;
     }
     fake_touch_begin();
@@ -467,8 +502,7 @@ cudaError_t cudaFree(void *memory) {
     guard g(lock);
     if (!memory)
         return cudaSuccess;
-    for (stream *s : streams)
-        run_until(s, s->given);
+    run_device();
     auto it = blocks.find((char *)memory);
     if (it == blocks.end())
         die("cudaFree of what was not allocated");
@@ -501,8 +535,7 @@ cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
 
 cudaError_t cudaFreeHost(void *memory) {
     guard g(lock);
-    for (stream *s : streams)
-        run_until(s, s->given);
+    run_device();
     if (!pinned.erase((char *)memory))
         die("cudaFreeHost of what was not allocated");
     free(memory);
@@ -566,6 +599,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t given, cudaStreamCaptureMode) {
     if (s->capturing)
         return cudaErrorIllegalState;
     s->capturing = true;
+    s->capturer = std::this_thread::get_id();
     s->captured.clear();
     return cudaSuccess;
 }

@@ -127,6 +127,8 @@ bool exchange(ncclComm *c, const std::vector<action> &sends, const std::vector<a
 }
 
 void run(ncclComm *c, const std::vector<action> &actions) {
+    if (c->world->aborted)
+        return;
     c->world->wanted[c->rank] = ++c->begun;
     std::vector<action> sends, recvs;
     for (const action &a : actions) {
@@ -194,8 +196,8 @@ ncclResult_t end_group() {
     if (fake_fails())
         return ncclInternalError;
     fake_issuing(group_stream, false);
-    c->lock.lock();
     fake_enqueue(group_stream, [c, actions] { run(c, actions); });
+    c->lock.lock();
     c->places.push_back({group_stream, fake_given(group_stream)});
     c->lock.unlock();
     c->issuing = group_stream;
@@ -286,9 +288,11 @@ static ncclResult_t end(ncclComm_t c) {
     c->helper.join();
     if (c->is_issuing)
         fake_issuing(c->issuing, false);
-    munmap(c->world, c->mapped);
-    delete c;
     fake_count(-1);
+    if (!c->world->aborted) { /* otherwise operations may still be on their streams */
+        munmap(c->world, c->mapped);
+        delete c;
+    }
     return ncclSuccess;
 }
 
