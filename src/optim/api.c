@@ -173,8 +173,8 @@ void muonshard_destroy(muonshard_optimizer *o) {
     if (!o)
         return;
     /* Kernels of a dead communicator may never end, and freeing memory would wait for them. */
-    const bool stuck = o->data && o->data->dead && o->data->ops->on_stream && o->backend &&
-                       o->backend->streams;
+    const bool stuck = o->data && o->data->dead && o->data->ops->on_stream &&
+                       o->data->ops->writes_after_death && o->backend && o->backend->streams;
     if (o->backend && !stuck) {
         optimizer_release(o);
         backend_close(o->backend);
