@@ -51,6 +51,7 @@ if(MUONSHARD_CUDA_FOUND AND NOT MUONSHARD_CUDA STREQUAL "OFF")
     Threads::Threads m)
   # As a library, not a module: its name has the version in it, by which it is opened.
   set_target_properties(muonshard_cuda PROPERTIES PREFIX lib LINKER_LANGUAGE C
+    INSTALL_RPATH "$ORIGIN" INSTALL_RPATH_USE_LINK_PATH TRUE
     SUFFIX .so.${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}
     LINK_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/muonshard_cuda.map)
   target_link_options(muonshard_cuda PRIVATE

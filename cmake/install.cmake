@@ -20,6 +20,7 @@ foreach(lib muonshard muonshard_mpi)
   install(EXPORT ${lib} NAMESPACE muonshard:: FILE ${lib}-targets.cmake DESTINATION ${package_dir})
 endforeach()
 install(FILES ${PROJECT_SOURCE_DIR}/include/muonshard.h ${PROJECT_SOURCE_DIR}/include/muonshard_mpi.h
+  ${PROJECT_SOURCE_DIR}/include/muonshard_nccl.h
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 
 configure_package_config_file(cmake/muonshard-config.cmake.in muonshard-config.cmake

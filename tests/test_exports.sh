@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The ABI: what the libraries export is what the headers declare, with a version on each; every declaration has its
 # comment; and nothing in the libraries ends the process, prints, or starts MPI.
-#   test_exports.sh LIBMUONSHARD LIBMUONSHARD_MPI SOURCE_DIR
+#   test_exports.sh LIBMUONSHARD LIBMUONSHARD_MPI SOURCE_DIR [LIBMUONSHARD_CUDA]
 set -u
 
-core=$1 mpi=$2 include=$3/include
+core=$1 mpi=$2 include=$3/include cuda=${4-}
 export LC_ALL=C
 failures=0
 # same NAME EXPECTED FOUND
@@ -53,6 +53,15 @@ none "libmuonshard_mpi ends no process but through MPI_Abort" "$mpi" "$ends"
 none "libmuonshard_mpi neither starts nor ends MPI" "$mpi" 'P?MPI_(Init|Init_thread|Finalize|Session_.*)'
 same "libmuonshard stands on" "libc.so.6 libm.so.6 libopenblas.so.0 libxxhash.so.0 libyaml-0.so.2" \
     "$(objdump -p "$core" | awk '$1 == "NEEDED" { print $2 }' | sort | paste -sd' ')"
+
+if [ -n "$cuda" ]; then
+    same "libmuonshard_cuda exports one symbol" muonshard_cuda_plugin "$(exported "$cuda")"
+    none "libmuonshard_cuda ends no process" "$cuda" "$ends"
+    none "libmuonshard_cuda prints nothing" "$cuda" "$prints"
+    none "libmuonshard_cuda needs neither MPI nor libmuonshard nor the driver's own library" "$cuda" \
+        'P?MPI_.*|muonshard_.*|cu[A-Z].*'
+    none "libmuonshard_cuda waits for no whole device" "$cuda" 'cudaDeviceSynchronize|cudaMemcpy|cudaMemset'
+fi
 
 # A declaration stands directly under the end of its comment, or under another declaration that shares it.
 uncommented() { # HEADER

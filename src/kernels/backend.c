@@ -6,10 +6,14 @@
 #include <string.h>
 
 #define CUDA_LIBRARY "libmuonshard_cuda.so.0.1"
+#define CUDA_DRIVER  "libcuda.so.1"
 
-/* The library stays open until the process ends: CUDA does not survive being unloaded. */
+/* The driver is looked for first: without it, opening the library would cost a third of a second and
+ * 200 MB for nothing. Both stay open until the process ends: CUDA does not survive being unloaded. */
 muonshard_status plugin_open(const plugin_entry **out, error_text *error) {
     *out = NULL;
+    FAIL_IF(!dlopen(CUDA_DRIVER, RTLD_LAZY | RTLD_LOCAL), error, MUONSHARD_ERR_UNAVAILABLE,
+            "no CUDA backend: no NVIDIA driver (%s)", dlerror());
     void *library = dlopen(CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
     FAIL_IF(!library, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s", dlerror());
     plugin_entry_fn entry;

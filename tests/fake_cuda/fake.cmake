@@ -13,6 +13,10 @@ target_link_libraries(fake_cuda PRIVATE PkgConfig::OPENBLAS Threads::Threads m)
 set_target_properties(fake_cuda PROPERTIES PREFIX lib OUTPUT_NAME muonshard_cuda SUFFIX .so.0.1
   LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/fake)
 
+add_library(driver_fake SHARED ${CMAKE_CURRENT_BINARY_DIR}/nothing.c)
+set_target_properties(driver_fake PROPERTIES OUTPUT_NAME cuda VERSION 1 SOVERSION 1
+  LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/fake)
+
 # The test NAME once more, on the fake; FAKE_CUDA_PROTECT=0: without faults, which cost much time.
 function(fake_test name)
   cmake_parse_arguments(T "" "TEST;MPI" "ENVIRONMENT" ${ARGN})
@@ -49,3 +53,15 @@ foreach(n 1 2 4)
 endforeach()
 fake_test(device_mpi TEST device_shared_fake_cuda_np2 MPI 2
   ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_DEVICES=1;MUONSHARD_TEST_SHARE=1")
+
+# ---- on a card: ctest -L gpu ----
+
+function(gpu_test name)
+  add_test(NAME ${name}_gpu COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/gpu/or_skip.sh ${ARGN} $<TARGET_FILE:test_${name}>)
+  set_tests_properties(${name}_gpu PROPERTIES TIMEOUT 600 LABELS gpu SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT
+    "LD_LIBRARY_PATH=${PROJECT_BINARY_DIR}:$ENV{LD_LIBRARY_PATH};OPENBLAS_NUM_THREADS=1;MUONSHARD_TEST_BACKEND=cuda")
+endfunction()
+foreach(name elementwise matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
+  gpu_test(${name})
+endforeach()
+gpu_test(device_mpi)
