@@ -3,6 +3,7 @@
  * threads; tensors go over the fake NCCL. */
 #include <dlfcn.h>
 #include <math.h>
+#include <nccl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +27,17 @@ static struct {
     void (*seed)(unsigned seed);
 } fake;
 
+/* What a program with NCCL of its own calls. */
+static struct {
+    ncclResult_t (*id)(ncclUniqueId *id);
+    ncclResult_t (*init)(ncclComm_t *comm, int size, ncclUniqueId id, int rank, ncclConfig_t *config);
+    ncclResult_t (*state)(ncclComm_t comm, ncclResult_t *state);
+    ncclResult_t (*destroy)(ncclComm_t comm);
+    void (*count)(void);
+    int (*set_device)(int device);
+    ncclUniqueId shared;
+} nccl;
+
 static int find_fake(void **state) {
     (void)state;
     void *library = dlopen("libmuonshard_cuda.so.0.1", RTLD_NOW | RTLD_LOCAL);
@@ -38,7 +50,13 @@ static int find_fake(void **state) {
     *(void **)&fake.waits = dlsym(library, "fake_cuda_waits");
     *(void **)&fake.allocations = dlsym(library, "fake_cuda_allocations");
     *(void **)&fake.seed = dlsym(library, "fake_cuda_seed");
-    return fake.fail_at && fake.seed ? 0 : -1;
+    *(void **)&nccl.id = dlsym(library, "ncclGetUniqueId");
+    *(void **)&nccl.init = dlsym(library, "ncclCommInitRankConfig");
+    *(void **)&nccl.state = dlsym(library, "ncclCommGetAsyncError");
+    *(void **)&nccl.destroy = dlsym(library, "ncclCommDestroy");
+    *(void **)&nccl.count = dlsym(library, "ncclCommCount");
+    *(void **)&nccl.set_device = dlsym(library, "cudaSetDevice");
+    return fake.fail_at && fake.seed && nccl.id && nccl.count ? 0 : -1;
 }
 
 /* ---- steps that nobody waits for ---- */
@@ -132,6 +150,52 @@ static void test_graphs_change_no_bit(void **state) {
         const rig_case a = few_case(how[y]), b = few_case(without);
         for (int n = 1; n <= 2; n++)
             assert_true(digest_at(n, &a) == digest_at(n, &b));
+    }
+}
+
+/* ---- an ncclComm_t of the program's own ---- */
+
+
+static void over_adopted(muonshard_comm *outer, void *arg) {
+    outcome *out = arg;
+    const int rank = outer->rank;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    ncclResult_t state = ncclInProgress;
+    ncclComm_t own = NULL;
+    config.blocking = 0;
+    nccl.set_device(rank);
+    nccl.init(&own, outer->size, nccl.shared, rank, &config);
+    while (own && state == ncclInProgress)
+        nccl.state(own, &state);
+    muonshard_comm *comm = NULL;
+    out->status[rank] = muonshard_comm_adopt_nccl(own, (void (*)(void))muonshard_version, NULL, &comm);
+    if (out->status[rank] == MUONSHARD_ERR_MISMATCH && !comm)
+        out->status[rank] = muonshard_comm_adopt_nccl(own, nccl.count, NULL, &comm);
+    if (out->status[rank] == MUONSHARD_OK) {
+        double values[3] = {rank, 1.0, -rank};
+        muonshard_comm_allreduce(comm, values, 3, MUONSHARD_REDUCE_SUM);
+        out->number[rank] = values[0] + 100.0 * values[1] + values[2];
+        out->digest[rank] = rig_run(comm, out->setup[0], &out->status[rank]);
+    }
+    muonshard_comm_destroy(comm);
+    threads_barrier(outer); /* the program's communicator ends with all of its ranks */
+    nccl.destroy(own);
+}
+
+static void test_an_adopted_communicator(void **state) {
+    (void)state;
+    const rig_case setup = few_case("deterministic: true");
+    for (int n = 1; n <= 3; n += 2) {
+        outcome out = {.setup = {&setup}};
+        const uint64_t own = digest_at(n, &setup);
+        assert_int_equal(nccl.id(&nccl.shared), ncclSuccess);
+        assert_int_equal(threads_run(n, over_adopted, &out), MUONSHARD_OK);
+        for (int r = 0; r < n; r++) {
+            assert_int_equal(out.status[r], MUONSHARD_OK);
+            assert_true(out.number[r] == 100.0 * n);
+            assert_true(n > 1 || out.digest[r] == own);
+            assert_true(out.digest[r] == out.digest[0]);
+        }
     }
 }
 
@@ -374,6 +438,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_steps_run_ahead),
         cmocka_unit_test(test_graphs_change_no_bit),
+        cmocka_unit_test(test_an_adopted_communicator),
         cmocka_unit_test(test_an_error_of_one_rank_is_in_everybodys_result),
         cmocka_unit_test(test_what_is_not_finite_changes_no_byte),
         cmocka_unit_test(test_replicas_that_drift_are_found),

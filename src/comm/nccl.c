@@ -161,14 +161,19 @@ static muonshard_status issue(muonshard_comm *comm, const comm_request *request,
 
 /* ---- messages of the host, where there is no other communicator for them ---- */
 
+static void free_staging(nccl_transport *t) {
+    if (t->staging)
+        cudaFreeHost(t->staging);
+    cudaFree(t->buffer);
+    t->staging = t->buffer = NULL;
+    t->staging_bytes = 0;
+}
+
 static muonshard_status reserve_staging(muonshard_comm *comm, size_t bytes) {
     nccl_transport *t = comm->impl;
     if (bytes <= t->staging_bytes)
         return MUONSHARD_OK;
-    cudaFreeHost(t->staging);
-    cudaFree(t->buffer);
-    t->staging = t->buffer = NULL;
-    t->staging_bytes = 0;
+    free_staging(t);
     void *memory;
     TRY_DEVICE(comm, cudaHostAlloc(&memory, bytes, cudaHostAllocDefault));
     t->staging = memory;
@@ -329,8 +334,7 @@ static void nccl_destroy(muonshard_comm *comm) {
             cudaEventDestroy(t->event);
         if (t->stream)
             cudaStreamDestroy(t->stream);
-        cudaFreeHost(t->staging);
-        cudaFree(t->buffer);
+        free_staging(t);
     }
     if (!ended)
         return;
