@@ -66,9 +66,10 @@ cudaError_t cuda_store_gram(const double *gram, const double *factors, size_t co
  * from there to the dtype. */
 cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
                          const double *factors, ns_dtype dtype, void *x, cudaStream_t stream);
-/* To where the items want it, in the dtype x has. */
+/* To where the items want it, as `wanted`. */
 cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
-                           ns_dtype dtype, const void *x, cudaStream_t stream);
+                           ns_dtype dtype, const void *x, muonshard_dtype wanted,
+                           cudaStream_t stream);
 /* dst = a + alpha I */
 cudaError_t cuda_add_identity(const void *a, size_t count, int64_t m, float alpha, ns_dtype dtype,
                               void *dst, cudaStream_t stream);

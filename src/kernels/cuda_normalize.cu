@@ -100,8 +100,8 @@ cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t 
 }
 
 __global__ static void give_back_kernel(const __grid_constant__ item_list<orthogonalize_item> list,
-                                        int64_t m, int64_t n, muonshard_dtype dtype,
-                                        const char *x) {
+                                        int64_t m, int64_t n, muonshard_dtype dtype, const char *x,
+                                        muonshard_dtype wanted) {
     const orthogonalize_item *it = &list.at[blockIdx.y];
     const size_t elements = (size_t)m * (size_t)n;
     const char *from = x + blockIdx.y * elements * (dtype == MUONSHARD_FP32 ? 4 : 2);
@@ -111,18 +111,19 @@ __global__ static void give_back_kernel(const __grid_constant__ item_list<orthog
         m, n, false, turned,
         [=](int64_t r, int64_t c) { return load_element(from, dtype, place(r, c, m, n, false)); },
         [=](int64_t r, int64_t c, float value) {
-            store_element(out, dtype, place(r, c, m, n, turned), value);
+            store_element(out, wanted, place(r, c, m, n, turned), value);
         });
 }
 
 cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
-                           ns_dtype dtype, const void *x, cudaStream_t stream) {
+                           ns_dtype dtype, const void *x, muonshard_dtype wanted,
+                           cudaStream_t stream) {
     const muonshard_dtype stored = stored_as(dtype);
     const size_t bytes = (size_t)m * (size_t)n * dtype_size(stored);
     return in_order(items, count,
                     [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
                         return launch(give_back_kernel, tiles_of(m, n, used), dim3(TILE, TILE_ROWS),
-                                      stream, list, m, n, stored, (const char *)x + before * bytes);
+                                      stream, list, m, n, stored, (const char *)x + before * bytes, wanted);
                     });
 }
 

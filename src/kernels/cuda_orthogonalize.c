@@ -244,7 +244,6 @@ muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
     for (int i = 0; i < program->count; i++)
         TRY(run(&s, &program->code[i], items));
     TRY_CUDA(self, cuda_give_back(items, count, m, n, ns_stored(program, program->result),
-                                  s.at[program->result],
-                                  s.stream));
+                                  s.at[program->result], ns_program_output(program), s.stream));
     return MUONSHARD_OK;
 }
