@@ -27,7 +27,15 @@ static struct {
     void (*seed)(unsigned seed);
 } fake;
 
-/* What a program with NCCL of its own calls. */
+/* What a program with a stream of its own calls; and one with NCCL of its own. */
+static struct {
+    cudaError_t (*create)(void **stream, unsigned flags);
+    cudaError_t (*destroy)(void *stream);
+    cudaError_t (*alloc)(void **memory, size_t bytes, unsigned flags);
+    cudaError_t (*free)(void *memory);
+    cudaError_t (*copy)(void *dst, const void *src, size_t bytes, int kind, void *stream);
+} runtime;
+
 static struct {
     ncclResult_t (*id)(ncclUniqueId *id);
     ncclResult_t (*init)(ncclComm_t *comm, int size, ncclUniqueId id, int rank, ncclConfig_t *config);
@@ -50,6 +58,11 @@ static int find_fake(void **state) {
     *(void **)&fake.waits = dlsym(library, "fake_cuda_waits");
     *(void **)&fake.allocations = dlsym(library, "fake_cuda_allocations");
     *(void **)&fake.seed = dlsym(library, "fake_cuda_seed");
+    *(void **)&runtime.create = dlsym(library, "cudaStreamCreateWithFlags");
+    *(void **)&runtime.destroy = dlsym(library, "cudaStreamDestroy");
+    *(void **)&runtime.alloc = dlsym(library, "cudaHostAlloc");
+    *(void **)&runtime.free = dlsym(library, "cudaFreeHost");
+    *(void **)&runtime.copy = dlsym(library, "cudaMemcpyAsync");
     *(void **)&nccl.id = dlsym(library, "ncclGetUniqueId");
     *(void **)&nccl.init = dlsym(library, "ncclCommInitRankConfig");
     *(void **)&nccl.state = dlsym(library, "ncclCommGetAsyncError");
@@ -151,6 +164,56 @@ static void test_graphs_change_no_bit(void **state) {
         for (int n = 1; n <= 2; n++)
             assert_true(digest_at(n, &a) == digest_at(n, &b));
     }
+}
+
+/* ---- the caller's stream ---- */
+
+/* Gradients are on their way on a stream of the caller's when the step is called, and parameters are
+ * read on it: nothing else is waited for. */
+static void on_own_stream(rig *r, outcome *out) {
+    const int rank = r->comm->rank;
+    void *stream = NULL, *pinned = NULL;
+    size_t largest = 0;
+    for (size_t t = 0; t < FEW; t++)
+        largest = r->elements[t] > largest ? r->elements[t] : largest;
+    runtime.create(&stream, 1);
+    runtime.alloc(&pinned, FEW * largest * sizeof(float), 0);
+    for (int s = 0; s < STEPS && r->status == MUONSHARD_OK; s++) {
+        rig_gradients(r);
+        for (size_t t = 0; t < FEW; t++) {
+            float *sent = (float *)pinned + t * largest;
+            const size_t bytes = r->elements[t] * sizeof *sent;
+            memcpy(sent, r->grads[t], bytes);
+            runtime.copy((void *)(uintptr_t)rig_grad(r, t), sent, bytes, cudaMemcpyDefault, stream);
+        }
+        muonshard_step_args args = MUONSHARD_STEP_ARGS_INIT;
+        args.stream = stream;
+        args.defer = out->number[rank] != 0.0;
+        r->status = muonshard_step(r->optimizer, &args);
+        for (size_t t = 0; t < FEW && args.defer && r->status == MUONSHARD_OK; t++)
+            r->status = muonshard_tensor_wait(
+                r->optimizer, (int)t, 0, few[t].dims == 3 ? few[t].shape[0] : 1, stream);
+        for (size_t t = 0; t < FEW; t++) /* pageable: waits for this stream alone */
+            runtime.copy(r->params[t], images_of(&r->images, r->params[t]),
+                         r->elements[t] * sizeof(float), cudaMemcpyDefault, stream);
+    }
+    runtime.free(pinned);
+    runtime.destroy(stream);
+}
+
+static void test_the_callers_stream(void **state) {
+    (void)state;
+    const rig_case setup = few_case("");
+    for (int n = 1; n <= 2; n++)
+        for (int defer = 0; defer < 2; defer++) {
+            outcome out = {.setup = {&setup}, .between = on_own_stream};
+            const uint64_t plain = digest_at(n, &setup);
+            for (int r = 0; r < n; r++)
+                out.number[r] = defer;
+            assert_int_equal(threads_run(n, ranks_run, &out), MUONSHARD_OK);
+            for (int r = 0; r < n; r++)
+                assert_true(out.status[r] == MUONSHARD_OK && out.digest[r] == plain);
+        }
 }
 
 /* ---- an ncclComm_t of the program's own ---- */
@@ -438,6 +501,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_steps_run_ahead),
         cmocka_unit_test(test_graphs_change_no_bit),
+        cmocka_unit_test(test_the_callers_stream),
         cmocka_unit_test(test_an_adopted_communicator),
         cmocka_unit_test(test_an_error_of_one_rank_is_in_everybodys_result),
         cmocka_unit_test(test_what_is_not_finite_changes_no_byte),

@@ -83,7 +83,7 @@ static muonshard_status reserve_streams(muonshard_optimizer *o) {
     o->graphs = o->settings->cuda_graphs && o->data->ops->on_stream;
     size_t owned = 0;
     for (size_t i = 0; i < o->plan.batch_count; i++)
-        owned += o->batches[i].owned;
+        owned = o->batches[i].owned > owned ? o->batches[i].owned : owned;
     return reserve(o, &o->memory.squares, owned, sizeof(double));
 }
 

@@ -37,7 +37,7 @@ typedef struct workspace {
     step_record *record;
     size_t *sum_index; /* [sum_count] into words, then [agree world size] into totals */
     /* of a backend with streams */
-    double *squares; /* [matrices owned] sums of U^2, from momentum to normalisation */
+    double *squares; /* [most matrices owned of a batch] sums of U^2, from momentum on */
     /* pinned, of the host */
     step_record *posted;             /* [STEP_RESULTS] records of steps, as they become known */
     char *staged_sent, *staged_recv; /* [staged_bytes] what a staged communicator sends and receives */

@@ -79,8 +79,7 @@ static apply_item apply_view(const muonshard_optimizer *o, const wave *w, int ra
 }
 
 /* What the owner of a slot does with it. */
-static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, size_t k,
-                      double *squares) {
+static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, size_t k) {
     const workspace *m = &o->memory;
     const view *v = &o->registry.views[plan_slot_view(&o->plan, w, o->comm->rank)];
     const tensor *t = &o->registry.tensors[v->tensor];
@@ -92,7 +91,7 @@ static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, s
                         .momentum = (char *)m->momentum + w->owned_offset * dtype_size(stored),
                         .w = master ? master : tensor_param_at(t, v->offset),
                         .w_dtype = master ? MUONSHARD_FP32 : t->dtype,
-                        .squares = m->squares ? squares + k : NULL,
+                        .squares = m->squares ? m->squares + k : NULL,
                         .count = w->slot,
                         .tensor = v->tensor};
     work->orthogonalize[k] = (orthogonalize_item){.u = u,
@@ -136,8 +135,7 @@ static void add_slot(muonshard_optimizer *o, const batch *b, const wave *w, int 
     }
 }
 
-/* `before`: matrices owned in batches before this one. */
-static void make_batch(muonshard_optimizer *o, const batch *b, batch_work *work, size_t before) {
+static void make_batch(muonshard_optimizer *o, const batch *b, batch_work *work) {
     const plan *p = &o->plan;
     size_t owned = 0;
     for (size_t i = 0; i < b->count; i++) {
@@ -146,7 +144,7 @@ static void make_batch(muonshard_optimizer *o, const batch *b, batch_work *work,
             if (plan_slot_view(p, w, r) != PLAN_EMPTY_SLOT)
                 add_slot(o, b, w, r, work);
         if (plan_slot_view(p, w, o->comm->rank) != PLAN_EMPTY_SLOT)
-            add_owned(o, w, work, owned++, o->memory.squares + before);
+            add_owned(o, w, work, owned++);
     }
 }
 
@@ -350,14 +348,12 @@ static muonshard_status make_parts(muonshard_optimizer *o, const op *operation, 
 
 muonshard_status work_make(muonshard_optimizer *o) {
     const plan *p = &o->plan;
-    size_t owned = 0;
     TRY(make_filled(o));
     for (size_t b = 0; b < p->batch_count; b++) {
         if (p->batches[b].kind == PLAN_MATRICES)
-            make_batch(o, &p->batches[b], &o->batches[b], owned);
+            make_batch(o, &p->batches[b], &o->batches[b]);
         else
             TRY(make_adam(o, &p->waves[p->batches[b].first]));
-        owned += o->batches[b].owned;
     }
     TRY(host_array(o, &o->buckets, p->bucket_count, sizeof *o->buckets));
     for (size_t b = 0; b < p->bucket_count; b++)
