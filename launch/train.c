@@ -66,7 +66,7 @@ static muonshard_status load_text(trainer *t) {
 }
 
 static muonshard_status make_model(trainer *t, const gpt_shape *shape) {
-    t->model = gpt_create(shape, t->sequences);
+    t->model = gpt_create(shape, t->sequences, &gpt_host_layers);
     t->windows = malloc((size_t)t->sequences * t->window);
     if (t->model && t->windows) {
         gpt_init(t->model, (uint64_t)t->settings.seed);
