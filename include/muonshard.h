@@ -128,11 +128,11 @@ MUONSHARD_API muonshard_status muonshard_comm_create_self(const muonshard_comm_o
 MUONSHARD_API muonshard_status
 muonshard_comm_create_callbacks(const muonshard_comm_callbacks *callbacks,
                                 const muonshard_comm_options *options, muonshard_comm **comm);
-/* For MPI see muonshard_mpi.h. For an ncclComm_t use muonshard_comm_create_nccl of muonshard_nccl.h,
- * which calls this: `function` is the program's address of ncclCommCount. */
-MUONSHARD_API muonshard_status
-muonshard_comm_adopt_nccl(void *nccl_comm, void (*function)(void),
-                          const muonshard_comm_options *options, muonshard_comm **comm);
+/* For MPI see muonshard_mpi.h. For an ncclComm_t use muonshard_comm_create_nccl of
+ * muonshard_nccl.h, which calls this: `function` is the program's address of ncclCommCount. */
+MUONSHARD_API muonshard_status muonshard_comm_adopt_nccl(void *nccl_comm, void (*function)(void),
+                                                         const muonshard_comm_options *options,
+                                                         muonshard_comm **comm);
 
 /* This rank, from 0, and the number of ranks. Local. */
 MUONSHARD_API int muonshard_comm_rank(const muonshard_comm *comm);
@@ -411,11 +411,12 @@ typedef struct muonshard_step_result_info {
     { sizeof(muonshard_step_result_info), 0, 0, 0, 0.0, 0.0 }
 
 /* Entries [first, first+count) of a stack (a tensor that is no stack has one entry) hold their
- * final gradient (on a GPU: where the stream of muonshard_options is now): their reduce-scatter may start under the rest of the backward pass. They must not
- * change until the step returns. Optional: muonshard_step marks what is left. Local call; what it
- * starts is collective, in one order on all ranks; ranks that mark in different orders use no other
- * collective of this communicator until the step returns. ERR_ARGUMENT: range, marked twice;
- * ERR_STATE: before commit, or a step is deferred and unfinished. */
+ * final gradient (on a GPU: where the stream of muonshard_options is now): their reduce-scatter may
+ * start under the rest of the backward pass. They must not change until the step returns. Optional:
+ * muonshard_step marks what is left. Local call; what it starts is collective, in one order on all
+ * ranks; ranks that mark in different orders use no other collective of this communicator until the
+ * step returns. ERR_ARGUMENT: range, marked twice; ERR_STATE: before commit, or a step is deferred
+ * and unfinished. */
 MUONSHARD_API muonshard_status muonshard_grad_ready(muonshard_optimizer *optimizer, int id,
                                                     int64_t first, int64_t count);
 /* One optimizer step, once per accumulated gradient. `args` may be NULL. Collective. A non-finite
@@ -429,8 +430,8 @@ MUONSHARD_API muonshard_status muonshard_grad_ready(muonshard_optimizer *optimiz
 MUONSHARD_API muonshard_status muonshard_step(muonshard_optimizer *optimizer,
                                               const muonshard_step_args *args);
 /* The outcome of step number `step` (0: the latest; the last 16 are kept). wait = 0: ERR_STATE if
- * not known yet; otherwise the step is finished first (on a GPU: waited for). A step in which a rank
- * had an error returns it. Local, or collective where it finishes a deferred step. */
+ * not known yet; otherwise the step is finished first (on a GPU: waited for). A step in which a
+ * rank had an error returns it. Local, or collective where it finishes a deferred step. */
 MUONSHARD_API muonshard_status muonshard_step_result(muonshard_optimizer *optimizer, int64_t step,
                                                      int wait, muonshard_step_result_info *result);
 /* After a deferred step: entries [first, first+count) have their new value when it returns (on a

@@ -9,6 +9,8 @@
 
 #include "corpus.h"
 #include "gpt.h"
+#include "gpt_device.h"
+#include "gpt_layers.h"
 #include "routing.h"
 #include "step_values.h"
 
@@ -27,6 +29,7 @@ typedef struct trainer {
     command cmd;
     train_settings settings;
     corpus text;
+    gpt_layers *device;             /* own, where the backend is a device's; else NULL */
     gpt *model;                     /* own */
     muonshard_optimizer *optimizer; /* own */
     train_report *report;           /* own; rank 0 */
@@ -65,8 +68,15 @@ static muonshard_status load_text(trainer *t) {
     return command_agree(&t->cmd, status, t->message);
 }
 
+/* In the memory the optimizer works in: of its device, which is the thread's current one. */
 static muonshard_status make_model(trainer *t, const gpt_shape *shape) {
-    t->model = gpt_create(shape, t->sequences);
+    if (strcmp(muonshard_backend(t->optimizer), "host") != 0) {
+        t->device = gpt_device_open((gpt_cuda_math)t->settings.math, -1, NULL, t->message,
+                                    sizeof t->message);
+        if (!t->device)
+            return MUONSHARD_ERR_UNAVAILABLE;
+    }
+    t->model = gpt_create(shape, t->sequences, t->device ? t->device : &gpt_host_layers);
     t->windows = malloc((size_t)t->sequences * t->window);
     if (t->model && t->windows) {
         gpt_init(t->model, (uint64_t)t->settings.seed);
@@ -136,9 +146,11 @@ static muonshard_status make_optimizer(trainer *t) {
     if (status != MUONSHARD_OK)
         return status;
     status = muonshard_create(t->cmd.comm, t->cmd.config, NULL, &t->optimizer);
-    if (status != MUONSHARD_OK)
-        return command_told(&t->cmd, status, "%s", muonshard_comm_last_error(t->cmd.comm));
-    status = command_agree(&t->cmd, add_tensors(t), t->message);
+    return command_told(&t->cmd, status, "%s", muonshard_comm_last_error(t->cmd.comm));
+}
+
+static muonshard_status commit_tensors(trainer *t) {
+    muonshard_status status = command_agree(&t->cmd, add_tensors(t), t->message);
     if (status != MUONSHARD_OK)
         return status;
     if (t->cmd.rank == 0 && t->rules.rule_count > 0)
@@ -168,9 +180,11 @@ static muonshard_status set_up(trainer *t) {
 
     muonshard_status status = load_text(t);
     if (status == MUONSHARD_OK)
+        status = make_optimizer(t);
+    if (status == MUONSHARD_OK)
         status = command_agree(&t->cmd, make_model(t, &shape), t->message);
     if (status == MUONSHARD_OK)
-        status = make_optimizer(t);
+        status = commit_tensors(t);
     if (status != MUONSHARD_OK)
         return status;
     status = train_report_open(&t->report, s, t->cmd.rank, t->message);
@@ -209,6 +223,15 @@ static void mark_ready(void *user, size_t tensor, int64_t first, int64_t count) 
         snprintf(t->message, sizeof t->message, "%s", muonshard_last_error(t->optimizer));
 }
 
+/* A device's error is this rank's, on its way to all. */
+static void note_model_error(trainer *t) {
+    const char *error = gpt_error(t->model);
+    if (!error || t->local != MUONSHARD_OK)
+        return;
+    t->local = MUONSHARD_ERR_INTERNAL;
+    snprintf(t->message, sizeof t->message, "rank %d: %s", t->cmd.rank, error);
+}
+
 /* Loss and gradient of this rank's share of the batch; the mean loss of the share. */
 static double run_batch(trainer *t, int64_t step) {
     const train_settings *s = &t->settings;
@@ -222,6 +245,7 @@ static double run_batch(trainer *t, int64_t step) {
         bool last = m + 1 == t->micro_batches;
         gpt_backward(t->model, 1.0 / t->micro_batches, m > 0, last ? mark_ready : NULL, t);
     }
+    note_model_error(t);
     return loss / t->micro_batches;
 }
 
@@ -236,6 +260,7 @@ static muonshard_status evaluate(trainer *t, double *loss) {
                                      t->windows + (size_t)n * t->window);
         *loss += n * gpt_forward(t->model, t->windows, n);
     }
+    note_model_error(t);
     muonshard_status status = sum_over_ranks(t, loss);
     *loss /= (double)count;
     return status;
@@ -315,6 +340,8 @@ int command_train(int argc, char **argv) {
     step_values_close(&t.values);
     routing_free(&t.rules);
     gpt_destroy(t.model);
+    if (t.device)
+        t.device->close(t.device->self);
     corpus_free(&t.text);
     free(t.windows);
     return command_finish(&t.cmd, &args, status);

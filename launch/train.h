@@ -12,6 +12,7 @@ enum { TRAIN_PROGRESS_AUTO, TRAIN_PROGRESS_ON, TRAIN_PROGRESS_OFF };
 typedef struct train_settings {
     int64_t layers, width, heads, context;
     int tied;
+    int math;          /* gpt_cuda_math */
     const char *files; /* patterns, each followed by '\n' */
     double val_fraction;
     int64_t steps, batch, micro_batch, seed;

@@ -214,7 +214,8 @@ const muonshard_param settings_table[] = {
     BOOL("share_gpu", share_gpu, "false",
          "Several ranks may use one GPU, without overlap; for tests, not for speed."),
     BOOL("deterministic", deterministic, "false",
-         "Over NCCL gradients are exchanged and summed in rank order: bits as over MPI at any number "
+         "Over NCCL gradients are exchanged and summed in rank order: bits as over MPI at any "
+         "number "
          "of ranks; otherwise NCCL sums fp32 itself, in an order of its own."),
     BOOL("cuda_graphs", cuda_graphs, "true",
          "What a GPU computes between two collectives is launched as one CUDA graph."),

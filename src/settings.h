@@ -65,8 +65,8 @@ typedef enum gather_mode { GATHER_AUTO, GATHER_UPDATES, GATHER_PARAMS } gather_m
 /* Where the fp32 values of 16-bit parameters are kept. */
 typedef enum master_mode { MASTER_AUTO, MASTER_OWNER, MASTER_REPLICATED, MASTER_NONE } master_mode;
 typedef enum rounding_mode { ROUNDING_NEAREST, ROUNDING_STOCHASTIC } rounding_mode;
-/* What moves tensors; auto: nccl where the backend is cuda and there are several ranks, otherwise the
- * communicator the program gives. */
+/* What moves tensors; auto: nccl where the backend is cuda and there are several ranks, otherwise
+ * the communicator the program gives. */
 typedef enum comm_choice { COMM_AUTO, COMM_SELF, COMM_MPI, COMM_NCCL } comm_choice;
 typedef enum ownership_policy { OWNERSHIP_ROUND_ROBIN, OWNERSHIP_BALANCED } ownership_policy;
 

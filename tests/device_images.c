@@ -61,8 +61,7 @@ muonshard_status images_download(device_images *im, const void *host) {
 
 /* Freeing waits for the device, which may be waiting for a rank for ever. */
 void images_close(device_images *im) {
-    if (im->optimizer && im->optimizer->data->dead &&
-        im->optimizer->data->ops->writes_after_death)
+    if (im->optimizer && im->optimizer->data->dead && im->optimizer->data->ops->writes_after_death)
         im->count = 0;
     for (size_t i = 0; i < im->count; i++)
         backend_of(im)->ops->free(backend_of(im), im->list[i].device);

@@ -25,6 +25,8 @@ launch/plan.c              | include/* launch/* src/* SYSTEM
 launch/bench*              | include/* launch/* src/* SYSTEM <mpi.h> <cblas.h> <jansson.h>
 launch/report*            | include/* launch/* SYSTEM <jansson.h>
 launch/model_file.c        | include/* launch/* src/* SYSTEM <jansson.h>
+launch/gpt/gpt_cuda*       | include/muonshard.h launch/gpt/gpt* SYSTEM <cuda*> <cublasLt.h> tests/fake_cuda/cuda_emulation.h
+launch/gpt/gpt_device.*    | launch/gpt/gpt_device.h launch/gpt/gpt_layers.h SYSTEM
 launch/gpt/*               | include/muonshard.h launch/gpt/* SYSTEM <cblas.h>
 launch/*                   | include/* launch/* SYSTEM <mpi.h> <cblas.h> <jansson.h>
 tests/consumer/*           | <muonshard_mpi.h> <muonshard.h> include/* SYSTEM <mpi.h>
@@ -147,6 +149,12 @@ launch/main.c                    #include "settings.h"
 launch/gpt/gpt.c                 #include "status.h"
 launch/gpt/gpt.c                 #include "command.h"
 launch/gpt/gpt_layers.c          #include <mpi.h>
+launch/gpt/gpt.c                 #include <cuda_runtime.h>
+launch/gpt/gpt_device.c          #include <cuda_runtime.h>
+launch/gpt/gpt_device.c          #include "gpt_cuda.h"
+launch/gpt/gpt_cuda.c            #include "kernels/cuda.h"
+launch/gpt/gpt_cuda.c            #include "corpus.h"
+launch/gpt/gpt_cuda_kernels.cu   #include "kernels/cuda_launch.cuh"
 tests/oracle.c                   #include "muonshard.h"
 tests/oracle.c                   #include "optim/newton_schulz.h"
 tests/oracle_optimizer.c         #include <cblas.h>

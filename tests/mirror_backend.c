@@ -91,7 +91,8 @@ static kernel_context context_over(mirror *m, const kernel_context *c, int tenso
             most_ = (items)[i_].tensor > most_ ? (items)[i_].tensor : most_;                       \
         most_ + 1;                                                                                 \
     })
-#define COPY_ITEMS(items, count) memcpy(malloc((count) * sizeof *(items) + 1), items, (count) * sizeof *(items))
+#define COPY_ITEMS(items, count)                                                                   \
+    memcpy(malloc((count) * sizeof *(items) + 1), items, (count) * sizeof *(items))
 
 static muonshard_status mirror_alloc(backend *self, void **memory, size_t bytes) {
     (void)self;
@@ -212,8 +213,8 @@ static muonshard_status mirror_orthogonalize(backend *self, const step_record *r
         list[i].squares = over(m, list[i].squares, sizeof(double));
     }
     record = over(m, record, sizeof *record);
-    const muonshard_status status = m->inner->ops->orthogonalize(m->inner, record, program, rows,
-                                                                 cols, list, count, device);
+    const muonshard_status status =
+        m->inner->ops->orthogonalize(m->inner, record, program, rows, cols, list, count, device);
     free(list);
     const muonshard_status outcome = finish(self, status);
     m->inner->ops->free(m->inner, device);
@@ -314,11 +315,12 @@ bool test_backend_is_host(void) {
 muonshard_status test_backend_open(backend **out, error_text *error) {
     *out = NULL;
     if (test_backend_is_host())
-        return backend_open_host((host_options){.isa = host_isa_detect(), .threads = 2}, out, error);
+        return backend_open_host((host_options){.isa = host_isa_detect(), .threads = 2}, out,
+                                 error);
     backend *self = calloc(1, sizeof *self);
     mirror *m = calloc(1, sizeof *m);
-    muonshard_status status = self && m ? backend_open_cuda((cuda_options){0}, &m->inner, error)
-                                        : MUONSHARD_ERR_MEMORY;
+    muonshard_status status =
+        self && m ? backend_open_cuda((cuda_options){0}, &m->inner, error) : MUONSHARD_ERR_MEMORY;
     if (status) {
         free(self);
         free(m);

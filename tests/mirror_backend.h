@@ -1,5 +1,6 @@
-/* mirror_backend.h - a backend whose memory is the host's, as tests want it, over one whose memory is
- * not: every call takes its arrays to the device and brings them back. So one suite runs on all. */
+/* mirror_backend.h - a backend whose memory is the host's, as tests want it, over one whose memory
+ * is not: every call takes its arrays to the device and brings them back. So one suite runs on all.
+ */
 #ifndef MIRROR_BACKEND_H
 #define MIRROR_BACKEND_H
 

@@ -1,6 +1,6 @@
-/* What is promised of a device and of nothing else, on the fake one: the host doesn't wait for it, its
- * memory is what was planned, every call of it can fail, ranks that differ are told so. Ranks are
- * threads; tensors go over the fake NCCL. */
+/* What is promised of a device and of nothing else, on the fake one: the host doesn't wait for it,
+ * its memory is what was planned, every call of it can fail, ranks that differ are told so. Ranks
+ * are threads; tensors go over the fake NCCL. */
 #include <dlfcn.h>
 #include <math.h>
 #include <nccl.h>
@@ -38,7 +38,8 @@ static struct {
 
 static struct {
     ncclResult_t (*id)(ncclUniqueId *id);
-    ncclResult_t (*init)(ncclComm_t *comm, int size, ncclUniqueId id, int rank, ncclConfig_t *config);
+    ncclResult_t (*init)(ncclComm_t *comm, int size, ncclUniqueId id, int rank,
+                         ncclConfig_t *config);
     ncclResult_t (*state)(ncclComm_t comm, ncclResult_t *state);
     ncclResult_t (*destroy)(ncclComm_t comm);
     void (*count)(void);
@@ -158,7 +159,8 @@ static void test_graphs_change_no_bit(void **state) {
     for (size_t y = 0; y < sizeof how / sizeof how[0]; y++) {
         char without[128];
         const size_t length = strlen(how[y]);
-        snprintf(without, sizeof without, how[y][0] == '{' ? "%.*s, cuda_graphs: false}" : "{%.*s, cuda_graphs: false}",
+        snprintf(without, sizeof without,
+                 how[y][0] == '{' ? "%.*s, cuda_graphs: false}" : "{%.*s, cuda_graphs: false}",
                  (int)(how[y][0] == '{' ? length - 1 : length), how[y]);
         const rig_case a = few_case(how[y]), b = few_case(without);
         for (int n = 1; n <= 2; n++)
@@ -168,8 +170,8 @@ static void test_graphs_change_no_bit(void **state) {
 
 /* ---- the caller's stream ---- */
 
-/* Gradients are on their way on a stream of the caller's when the step is called, and parameters are
- * read on it: nothing else is waited for. */
+/* Gradients are on their way on a stream of the caller's when the step is called, and parameters
+ * are read on it: nothing else is waited for. */
 static void on_own_stream(rig *r, outcome *out) {
     const int rank = r->comm->rank;
     void *stream = NULL, *pinned = NULL;
@@ -191,8 +193,8 @@ static void on_own_stream(rig *r, outcome *out) {
         args.defer = out->number[rank] != 0.0;
         r->status = muonshard_step(r->optimizer, &args);
         for (size_t t = 0; t < FEW && args.defer && r->status == MUONSHARD_OK; t++)
-            r->status = muonshard_tensor_wait(
-                r->optimizer, (int)t, 0, few[t].dims == 3 ? few[t].shape[0] : 1, stream);
+            r->status = muonshard_tensor_wait(r->optimizer, (int)t, 0,
+                                              few[t].dims == 3 ? few[t].shape[0] : 1, stream);
         for (size_t t = 0; t < FEW; t++) /* pageable: waits for this stream alone */
             runtime.copy(r->params[t], images_of(&r->images, r->params[t]),
                          r->elements[t] * sizeof(float), cudaMemcpyDefault, stream);
@@ -218,7 +220,6 @@ static void test_the_callers_stream(void **state) {
 
 /* ---- an ncclComm_t of the program's own ---- */
 
-
 static void over_adopted(muonshard_comm *outer, void *arg) {
     outcome *out = arg;
     const int rank = outer->rank;
@@ -231,7 +232,8 @@ static void over_adopted(muonshard_comm *outer, void *arg) {
     while (own && state == ncclInProgress)
         nccl.state(own, &state);
     muonshard_comm *comm = NULL;
-    out->status[rank] = muonshard_comm_adopt_nccl(own, (void (*)(void))muonshard_version, NULL, &comm);
+    out->status[rank] =
+        muonshard_comm_adopt_nccl(own, (void (*)(void))muonshard_version, NULL, &comm);
     if (out->status[rank] == MUONSHARD_ERR_MISMATCH && !comm)
         out->status[rank] = muonshard_comm_adopt_nccl(own, nccl.count, NULL, &comm);
     if (out->status[rank] == MUONSHARD_OK) {
@@ -386,8 +388,8 @@ static void measure(rig *r, outcome *out) {
     rig_gradients(r);
     rig_step(r);
     muonshard_stats(r->optimizer, &stats);
-    out->number[r->comm->rank] = (double)(fake.bytes() - given) /
-                                 (double)(stats.bytes_state + stats.bytes_workspace);
+    out->number[r->comm->rank] =
+        (double)(fake.bytes() - given) / (double)(stats.bytes_state + stats.bytes_workspace);
 }
 
 static void test_memory_is_what_the_stats_say(void **state) {
@@ -475,7 +477,8 @@ static void test_every_call_can_fail(void **state) {
 
 static void test_every_call_of_several_ranks_can_fail(void **state) {
     (void)state;
-    const rig_case setup = {.tensors = few, .count = FEW, .yaml = "{timeout: 0.3, first_timeout: 0.3}", .steps = 3};
+    const rig_case setup = {
+        .tensors = few, .count = FEW, .yaml = "{timeout: 0.3, first_timeout: 0.3}", .steps = 3};
     for (int n = 2; n <= 3; n++) {
         const long before = fake.calls();
         outcome sound = {.setup = {&setup}};
@@ -483,7 +486,8 @@ static void test_every_call_of_several_ranks_can_fail(void **state) {
         const long calls = fake.calls() - before;
         for (long k = 1; k <= calls; k += 1 + calls / 12) {
             outcome out = {.setup = {&setup}};
-            const threads_options options = {.comm = {sizeof options.comm, 0.3, NULL, NULL, NULL, NULL}};
+            const threads_options options = {
+                .comm = {sizeof options.comm, 0.3, NULL, NULL, NULL, NULL}};
             fake.fail_at(k);
             assert_int_equal(threads_run_with(&options, n, ranks_run, &out), MUONSHARD_OK);
             fake.fail_at(0);

@@ -1,6 +1,6 @@
-/* The bits table's rows for devices, rank by rank in processes: NCCL with sums in rank order, and MPI
- * through memory of the host, give the same bits at any number of ranks; NCCL's own sums do at two
- * ranks, and on integers. With MUONSHARD_TEST_SHARE all ranks use one device. */
+/* The bits table's rows for devices, rank by rank in processes: NCCL with sums in rank order, and
+ * MPI through memory of the host, give the same bits at any number of ranks; NCCL's own sums do at
+ * two ranks, and on integers. With MUONSHARD_TEST_SHARE all ranks use one device. */
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -71,8 +71,7 @@ static void test_sums_in_rank_order(void **state) {
         for (int sixteen = 0; sixteen < 2; sixteen++) {
             const rig_case c = mixed_case(tensors, rules[k], sixteen);
             const uint64_t staged = digest_with("comm: mpi", &c, false);
-            assert_on_all(staged ==
-                          digest_with("comm: nccl, deterministic: true", &c, false));
+            assert_on_all(staged == digest_with("comm: nccl, deterministic: true", &c, false));
             assert_on_all(staged == digest_with("comm: mpi, cuda_graphs: false", &c, false));
             if (size <= 2)
                 assert_on_all(staged == digest_with("comm: nccl", &c, false));

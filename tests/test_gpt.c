@@ -18,7 +18,7 @@ static const unsigned char *text(void) {
 }
 
 static gpt *new_model(const gpt_shape *shape) {
-    gpt *model = gpt_create(shape, SEQUENCES);
+    gpt *model = gpt_create(shape, SEQUENCES, &gpt_host_layers);
     assert_non_null(model);
     gpt_init(model, 7);
     return model;
@@ -228,10 +228,10 @@ static void bad_shapes(void **state) {
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         assert_non_null(gpt_shape_error(&bad[i]));
-        assert_null(gpt_create(&bad[i], 1));
+        assert_null(gpt_create(&bad[i], 1, &gpt_host_layers));
     }
     assert_null(gpt_shape_error(&small));
-    assert_null(gpt_create(&small, 0));
+    assert_null(gpt_create(&small, 0, &gpt_host_layers));
 }
 
 int main(void) {

@@ -20,7 +20,7 @@ static double noise(void) {
 /* Parameters large enough that every part of the model matters: gains around 1, the rest up to 0.6.
  */
 static gpt *random_model(const gpt_shape *shape, unsigned char *windows) {
-    gpt *model = gpt_create(shape, SEQUENCES);
+    gpt *model = gpt_create(shape, SEQUENCES, &gpt_host_layers);
     assert_non_null(model);
     size_t count;
     const gpt_tensor *tensors = gpt_tensors(model, &count);

@@ -18,8 +18,9 @@ static void test_explicit_cuda_is_an_error(void **state) {
     backend *b = (backend *)(void *)&expected;
     error_text error = {""};
     char why[256];
-    assert_int_equal(backend_open(BACKEND_CUDA, one_thread, one_device, &b, &error, why, sizeof why),
-                     MUONSHARD_ERR_UNAVAILABLE);
+    assert_int_equal(
+        backend_open(BACKEND_CUDA, one_thread, one_device, &b, &error, why, sizeof why),
+        MUONSHARD_ERR_UNAVAILABLE);
     assert_null(b);
     assert_non_null(strstr(error.text, expected));
 }
@@ -29,8 +30,9 @@ static void test_auto_takes_the_host_and_says_why(void **state) {
     backend *b = NULL;
     error_text error = {""};
     char why[256];
-    assert_int_equal(backend_open(BACKEND_AUTO, one_thread, one_device, &b, &error, why, sizeof why),
-                     MUONSHARD_OK);
+    assert_int_equal(
+        backend_open(BACKEND_AUTO, one_thread, one_device, &b, &error, why, sizeof why),
+        MUONSHARD_OK);
     assert_string_equal(b->ops->name, "host");
     assert_non_null(strstr(why, "host"));
     assert_non_null(strstr(why, expected));

@@ -2,12 +2,12 @@
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "counter.h"
 #include "gpt_layers.h"
 
-/* n positions at most, L layers, C width, T context, H heads; all carved from one block */
+/* n positions at most, L layers, C width, T context, H heads; all carved from one block of the
+ * layers' memory */
 typedef struct activations {
     gpt_real *residual;   /* [L + 1, n, C]: what enters block l; the last leaves the blocks */
     gpt_real *middle;     /* [L, n, C]: after attention */
@@ -22,21 +22,22 @@ typedef struct activations {
     gpt_real *logits;     /* [n, 256]: probabilities after forward, gradients after backward */
     gpt_real *mean;       /* [2 L + 1, n]: attn norm of l at 2 l, mlp norm at 2 l + 1, final norm */
     gpt_real *rstd;       /* [2 L + 1, n] */
+    gpt_real *scratch;    /* the layers' own */
     /* backward only */
     gpt_real *d_residual; /* [n, C] */
     gpt_real *d_narrow;   /* [n, C] */
     gpt_real *d_wide;     /* [n, 4C] */
-    gpt_real *scores;     /* [T, T] */
 } activations;
 
 struct gpt {
+    const gpt_layers *layers; /* borrowed */
     gpt_shape shape;
     int sequences; /* the most there is room for */
     size_t tensor_count, parameter_count;
     gpt_tensor tensors[GPT_TENSOR_MAX];
-    gpt_real *params, *grads, *block; /* own */
+    gpt_real *params, *grads, *block; /* own, as windows: in the layers' memory */
     activations a;
-    const unsigned char *windows; /* of the latest forward */
+    unsigned char *windows; /* [sequences, T + 1], of the latest forward */
     int forward_sequences;
 };
 
@@ -95,18 +96,15 @@ static gpt_real *grad(const gpt *model, size_t id, int l) {
 
 /* ---- memory ---- */
 
-/* A multiple of 64 bytes, zeroed. */
-static gpt_real *allocate(size_t count) {
-    size_t bytes = (count * sizeof(gpt_real) + 63) / 64 * 64;
-    gpt_real *p = aligned_alloc(64, bytes);
-    if (p)
-        memset(p, 0, bytes);
-    return p;
+static gpt_real *allocate(gpt *model, size_t count) {
+    return model->layers->alloc(model->layers->self, count * sizeof(gpt_real));
 }
 
 static bool allocate_activations(gpt *model) {
     activations *a = &model->a;
     size_t layers = (size_t)model->shape.layers, context = (size_t)model->shape.context;
+    const attention_shape most = {model->sequences, model->shape.context, model->shape.heads,
+                                  model->shape.width};
     size_t n = (size_t)model->sequences * context, plane = n * (size_t)model->shape.width;
     const struct {
         gpt_real **at;
@@ -125,16 +123,16 @@ static bool allocate_activations(gpt *model) {
         {&a->logits, n * GPT_VOCABULARY},
         {&a->mean, (2 * layers + 1) * n},
         {&a->rstd, (2 * layers + 1) * n},
+        {&a->scratch, model->layers->scratch_count(&most)},
         {&a->d_residual, plane},
         {&a->d_narrow, plane},
         {&a->d_wide, 4 * plane},
-        {&a->scores, context * context},
     };
     const size_t part_count = sizeof parts / sizeof *parts, align = 64 / sizeof(gpt_real);
     size_t total = 0;
     for (size_t i = 0; i < part_count; i++)
         total += (parts[i].count + align - 1) / align * align;
-    model->block = allocate(total);
+    model->block = allocate(model, total);
     if (!model->block)
         return false;
     gpt_real *next = model->block;
@@ -145,18 +143,24 @@ static bool allocate_activations(gpt *model) {
     return true;
 }
 
-gpt *gpt_create(const gpt_shape *shape, int sequences) {
+static size_t windows_size(const gpt *model, int sequences) {
+    return (size_t)sequences * ((size_t)model->shape.context + 1);
+}
+
+gpt *gpt_create(const gpt_shape *shape, int sequences, const gpt_layers *layers) {
     if (gpt_shape_error(shape) || sequences < 1)
         return NULL;
     gpt *model = calloc(1, sizeof *model);
     if (!model)
         return NULL;
+    model->layers = layers;
     model->shape = *shape;
     model->sequences = sequences;
     describe_all(model);
-    model->params = allocate(model->parameter_count);
-    model->grads = allocate(model->parameter_count);
-    if (!model->params || !model->grads || !allocate_activations(model)) {
+    model->params = allocate(model, model->parameter_count);
+    model->grads = allocate(model, model->parameter_count);
+    model->windows = layers->alloc(layers->self, windows_size(model, sequences));
+    if (!model->params || !model->grads || !model->windows || !allocate_activations(model)) {
         gpt_destroy(model);
         return NULL;
     }
@@ -167,15 +171,19 @@ gpt *gpt_create(const gpt_shape *shape, int sequences) {
         at += model->tensors[i].count;
     }
     gpt_init(model, 0);
+    if (gpt_error(model)) {
+        gpt_destroy(model);
+        return NULL;
+    }
     return model;
 }
 
 void gpt_destroy(gpt *model) {
     if (!model)
         return;
-    free(model->params);
-    free(model->grads);
-    free(model->block);
+    void *const own[] = {model->params, model->grads, model->windows, model->block};
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++)
+        model->layers->free(model->layers->self, own[i]);
     free(model);
 }
 
@@ -186,6 +194,10 @@ const gpt_tensor *gpt_tensors(const gpt *model, size_t *count) {
 
 size_t gpt_parameter_count(const gpt *model) {
     return model->parameter_count;
+}
+
+const char *gpt_error(const gpt *model) {
+    return model->layers->error(model->layers->self);
 }
 
 /* ---- initial parameters ---- */
@@ -210,14 +222,22 @@ static double initial_std(const gpt *model, size_t id) {
 }
 
 void gpt_init(gpt *model, uint64_t seed) {
+    enum { CHUNK = 4096 };
+    const gpt_layers *k = model->layers;
+    gpt_real chunk[CHUNK];
     for (size_t id = 0; id < model->tensor_count; id++) {
         gpt_tensor *t = &model->tensors[id];
         bool gain = id == GPT_ATTN_NORM || id == GPT_MLP_NORM || id == GPT_FINAL_NORM;
         double std = initial_std(model, id);
         uint64_t stream = counter_mix(counter_mix(seed) + id);
-        for (size_t i = 0; i < t->count; i++)
-            t->param[i] = gain ? 1 : (gpt_real)(std * normal(stream, i));
+        for (size_t at = 0; at < t->count; at += CHUNK) {
+            size_t count = t->count - at < CHUNK ? t->count - at : CHUNK;
+            for (size_t i = 0; i < count; i++)
+                chunk[i] = gain ? 1 : (gpt_real)(std * normal(stream, at + i));
+            k->upload(k->self, t->param + at, chunk, count * sizeof *chunk);
+        }
     }
+    k->wait(k->self);
 }
 
 /* ---- forward ---- */
@@ -238,6 +258,7 @@ static size_t at_layer(const gpt *model, int l, size_t width) {
 }
 
 static void block_forward(gpt *model, int l) {
+    const gpt_layers *k = model->layers;
     const activations *a = &model->a;
     attention_shape s = current(model);
     int n = s.sequences * s.context, width = s.width;
@@ -247,42 +268,44 @@ static void block_forward(gpt *model, int l) {
     gpt_real *up = a->up + 4 * plane, *gelu = a->gelu + 4 * plane, *qkv = a->qkv + 3 * plane;
     gpt_real *mean = a->mean + 2 * (size_t)l * row, *rstd = a->rstd + 2 * (size_t)l * row;
     gpt_real *probs = a->probs + at_layer(model, l, (size_t)s.heads * (size_t)s.context);
-    size_t bytes = (size_t)n * (size_t)width * sizeof *in;
 
-    norm_forward(a->attn_norm + plane, mean, rstd, in, param(model, GPT_ATTN_NORM, l), n, width);
-    linear_forward(qkv, a->attn_norm + plane, param(model, GPT_QKV, l), n, width, 3 * width, false);
-    attention_forward(a->attn + plane, probs, qkv, &s);
-    memcpy(middle, in, bytes);
-    linear_forward(middle, a->attn + plane, param(model, GPT_ATTN_OUT, l), n, width, width, true);
+    k->norm_forward(k->self, a->attn_norm + plane, mean, rstd, in, param(model, GPT_ATTN_NORM, l),
+                    n, width);
+    k->linear_forward(k->self, qkv, a->attn_norm + plane, param(model, GPT_QKV, l), NULL, n, width,
+                      3 * width);
+    k->attention_forward(k->self, a->attn + plane, probs, qkv, a->scratch, &s);
+    k->linear_forward(k->self, middle, a->attn + plane, param(model, GPT_ATTN_OUT, l), in, n, width,
+                      width);
 
-    norm_forward(a->mlp_norm + plane, mean + row, rstd + row, middle, param(model, GPT_MLP_NORM, l),
-                 n, width);
-    linear_forward(up, a->mlp_norm + plane, param(model, GPT_MLP_UP, l), n, width, 4 * width,
-                   false);
-    gelu_forward(gelu, up, 4 * (size_t)n * (size_t)width);
-    memcpy(out, middle, bytes);
-    linear_forward(out, gelu, param(model, GPT_MLP_DOWN, l), n, 4 * width, width, true);
+    k->norm_forward(k->self, a->mlp_norm + plane, mean + row, rstd + row, middle,
+                    param(model, GPT_MLP_NORM, l), n, width);
+    k->linear_forward(k->self, up, a->mlp_norm + plane, param(model, GPT_MLP_UP, l), NULL, n, width,
+                      4 * width);
+    k->gelu_forward(k->self, gelu, up, 4 * (size_t)n * (size_t)width);
+    k->linear_forward(k->self, out, gelu, param(model, GPT_MLP_DOWN, l), middle, n, 4 * width,
+                      width);
 }
 
 double gpt_forward(gpt *model, const unsigned char *windows, int sequences) {
+    const gpt_layers *k = model->layers;
     const activations *a = &model->a;
     int layers = model->shape.layers, width = model->shape.width;
-    model->windows = windows;
+    k->upload(k->self, model->windows, windows, windows_size(model, sequences));
     model->forward_sequences = sequences;
     attention_shape s = current(model);
     int n = s.sequences * s.context;
     size_t last = 2 * (size_t)layers * at_layer(model, 1, 1);
 
-    embed_forward(a->residual, param(model, GPT_TOKEN_EMBEDDING, 0),
-                  param(model, GPT_POSITION_EMBEDDING, 0), windows, &s);
+    k->embed_forward(k->self, a->residual, param(model, GPT_TOKEN_EMBEDDING, 0),
+                     param(model, GPT_POSITION_EMBEDDING, 0), model->windows, &s);
     for (int l = 0; l < layers; l++)
         block_forward(model, l);
-    norm_forward(a->final_norm, a->mean + last, a->rstd + last,
-                 a->residual + at_layer(model, layers, (size_t)width),
-                 param(model, GPT_FINAL_NORM, 0), n, width);
-    linear_forward(a->logits, a->final_norm, param(model, head_id(model), 0), n, width,
-                   GPT_VOCABULARY, false);
-    return cross_entropy_forward(a->logits, windows, &s);
+    k->norm_forward(k->self, a->final_norm, a->mean + last, a->rstd + last,
+                    a->residual + at_layer(model, layers, (size_t)width),
+                    param(model, GPT_FINAL_NORM, 0), n, width);
+    k->linear_forward(k->self, a->logits, a->final_norm, param(model, head_id(model), 0), NULL, n,
+                      width, GPT_VOCABULARY);
+    return k->cross_entropy_forward(k->self, a->logits, model->windows, &s);
 }
 
 /* ---- backward ---- */
@@ -299,6 +322,7 @@ static void announce(const announcer *to, size_t tensor, int l) {
 
 /* d_residual: the gradient of the block's output on entry, of its input on return. */
 static void block_backward(gpt *model, int l, const announcer *to) {
+    const gpt_layers *k = model->layers;
     const activations *a = &model->a;
     attention_shape s = current(model);
     int n = s.sequences * s.context, width = s.width;
@@ -306,32 +330,35 @@ static void block_backward(gpt *model, int l, const announcer *to) {
     const gpt_real *mean = a->mean + 2 * (size_t)l * row, *rstd = a->rstd + 2 * (size_t)l * row;
     const gpt_real *probs = a->probs + at_layer(model, l, (size_t)s.heads * (size_t)s.context);
 
-    linear_backward(a->d_wide, grad(model, GPT_MLP_DOWN, l), a->d_residual, a->gelu + 4 * plane,
-                    param(model, GPT_MLP_DOWN, l), n, 4 * width, width);
+    k->linear_backward(k->self, a->d_wide, grad(model, GPT_MLP_DOWN, l), a->d_residual,
+                       a->gelu + 4 * plane, param(model, GPT_MLP_DOWN, l), n, 4 * width, width);
     announce(to, GPT_MLP_DOWN, l);
-    gelu_backward(a->d_wide, a->up + 4 * plane, 4 * (size_t)n * (size_t)width);
-    linear_backward(a->d_narrow, grad(model, GPT_MLP_UP, l), a->d_wide, a->mlp_norm + plane,
-                    param(model, GPT_MLP_UP, l), n, width, 4 * width);
+    k->gelu_backward(k->self, a->d_wide, a->up + 4 * plane, 4 * (size_t)n * (size_t)width);
+    k->linear_backward(k->self, a->d_narrow, grad(model, GPT_MLP_UP, l), a->d_wide,
+                       a->mlp_norm + plane, param(model, GPT_MLP_UP, l), n, width, 4 * width);
     announce(to, GPT_MLP_UP, l);
-    norm_backward(a->d_residual, grad(model, GPT_MLP_NORM, l), a->d_narrow, a->middle + plane,
-                  param(model, GPT_MLP_NORM, l), mean + row, rstd + row, n, width);
+    k->norm_backward(k->self, a->d_residual, grad(model, GPT_MLP_NORM, l), a->d_narrow,
+                     a->middle + plane, param(model, GPT_MLP_NORM, l), mean + row, rstd + row, n,
+                     width);
     if (l == 0)
         announce(to, GPT_MLP_NORM, 0);
 
-    linear_backward(a->d_narrow, grad(model, GPT_ATTN_OUT, l), a->d_residual, a->attn + plane,
-                    param(model, GPT_ATTN_OUT, l), n, width, width);
+    k->linear_backward(k->self, a->d_narrow, grad(model, GPT_ATTN_OUT, l), a->d_residual,
+                       a->attn + plane, param(model, GPT_ATTN_OUT, l), n, width, width);
     announce(to, GPT_ATTN_OUT, l);
-    attention_backward(a->d_wide, a->d_narrow, probs, a->qkv + 3 * plane, a->scores, &s);
-    linear_backward(a->d_narrow, grad(model, GPT_QKV, l), a->d_wide, a->attn_norm + plane,
-                    param(model, GPT_QKV, l), n, width, 3 * width);
+    k->attention_backward(k->self, a->d_wide, a->d_narrow, probs, a->qkv + 3 * plane, a->scratch,
+                          &s);
+    k->linear_backward(k->self, a->d_narrow, grad(model, GPT_QKV, l), a->d_wide,
+                       a->attn_norm + plane, param(model, GPT_QKV, l), n, width, 3 * width);
     announce(to, GPT_QKV, l);
-    norm_backward(a->d_residual, grad(model, GPT_ATTN_NORM, l), a->d_narrow, a->residual + plane,
-                  param(model, GPT_ATTN_NORM, l), mean, rstd, n, width);
+    k->norm_backward(k->self, a->d_residual, grad(model, GPT_ATTN_NORM, l), a->d_narrow,
+                     a->residual + plane, param(model, GPT_ATTN_NORM, l), mean, rstd, n, width);
     if (l == 0)
         announce(to, GPT_ATTN_NORM, 0);
 }
 
 void gpt_backward(gpt *model, double scale, bool accumulate, gpt_ready_fn ready, void *user) {
+    const gpt_layers *k = model->layers;
     const activations *a = &model->a;
     const announcer to = {ready, user};
     int layers = model->shape.layers, width = model->shape.width;
@@ -340,21 +367,22 @@ void gpt_backward(gpt *model, double scale, bool accumulate, gpt_ready_fn ready,
     size_t last = 2 * (size_t)layers * at_layer(model, 1, 1);
 
     if (!accumulate)
-        memset(model->grads, 0, model->parameter_count * sizeof *model->grads);
-    cross_entropy_backward(a->logits, scale, model->windows, &s);
-    linear_backward(a->d_narrow, grad(model, head_id(model), 0), a->logits, a->final_norm,
-                    param(model, head_id(model), 0), n, width, GPT_VOCABULARY);
+        k->zero(k->self, model->grads, model->parameter_count * sizeof *model->grads);
+    k->cross_entropy_backward(k->self, a->logits, scale, model->windows, &s);
+    k->linear_backward(k->self, a->d_narrow, grad(model, head_id(model), 0), a->logits,
+                       a->final_norm, param(model, head_id(model), 0), n, width, GPT_VOCABULARY);
     if (!model->shape.tied)
         announce(&to, GPT_HEAD, 0);
-    memset(a->d_residual, 0, (size_t)n * (size_t)width * sizeof *a->d_residual);
-    norm_backward(a->d_residual, grad(model, GPT_FINAL_NORM, 0), a->d_narrow,
-                  a->residual + at_layer(model, layers, (size_t)width),
-                  param(model, GPT_FINAL_NORM, 0), a->mean + last, a->rstd + last, n, width);
+    k->zero(k->self, a->d_residual, (size_t)n * (size_t)width * sizeof *a->d_residual);
+    k->norm_backward(k->self, a->d_residual, grad(model, GPT_FINAL_NORM, 0), a->d_narrow,
+                     a->residual + at_layer(model, layers, (size_t)width),
+                     param(model, GPT_FINAL_NORM, 0), a->mean + last, a->rstd + last, n, width);
     announce(&to, GPT_FINAL_NORM, 0);
     for (int l = layers - 1; l >= 0; l--)
         block_backward(model, l, &to);
-    embed_backward(grad(model, GPT_TOKEN_EMBEDDING, 0), grad(model, GPT_POSITION_EMBEDDING, 0),
-                   a->d_residual, model->windows, &s);
+    k->embed_backward(k->self, grad(model, GPT_TOKEN_EMBEDDING, 0),
+                      grad(model, GPT_POSITION_EMBEDDING, 0), a->d_residual, model->windows,
+                      a->scratch, &s);
     announce(&to, GPT_POSITION_EMBEDDING, 0);
     announce(&to, GPT_TOKEN_EMBEDDING, 0);
 }

@@ -2,6 +2,7 @@
 
 #include <cblas.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef GPT_DOUBLE
@@ -81,8 +82,9 @@ static inline float exponential(float x) {
 }
 #endif
 
-void embed_forward(gpt_real *x, const gpt_real *token, const gpt_real *position,
-                   const unsigned char *windows, const attention_shape *s) {
+static void embed_forward(void *self, gpt_real *x, const gpt_real *token, const gpt_real *position,
+                          const unsigned char *windows, const attention_shape *s) {
+    (void)self;
     size_t width = (size_t)s->width;
     for (int b = 0; b < s->sequences; b++, windows += s->context + 1) {
         for (int t = 0; t < s->context; t++, x += width) {
@@ -93,8 +95,11 @@ void embed_forward(gpt_real *x, const gpt_real *token, const gpt_real *position,
     }
 }
 
-void embed_backward(gpt_real *token_grad, gpt_real *position_grad, const gpt_real *dx,
-                    const unsigned char *windows, const attention_shape *s) {
+static void embed_backward(void *self, gpt_real *token_grad, gpt_real *position_grad,
+                           const gpt_real *dx, const unsigned char *windows, gpt_real *scratch,
+                           const attention_shape *s) {
+    (void)self;
+    (void)scratch;
     size_t width = (size_t)s->width;
     for (int b = 0; b < s->sequences; b++, windows += s->context + 1) {
         for (int t = 0; t < s->context; t++, dx += width) {
@@ -107,21 +112,26 @@ void embed_backward(gpt_real *token_grad, gpt_real *position_grad, const gpt_rea
     }
 }
 
-void linear_forward(gpt_real *y, const gpt_real *x, const gpt_real *weight, int n, int in, int out,
-                    bool add) {
+static void linear_forward(void *self, gpt_real *y, const gpt_real *x, const gpt_real *weight,
+                           const gpt_real *add, int n, int in, int out) {
+    (void)self;
+    if (add)
+        memcpy(y, add, (size_t)n * (size_t)out * sizeof *y);
     GEMM(CblasRowMajor, CblasNoTrans, CblasTrans, n, out, in, 1, x, in, weight, in, add ? 1 : 0, y,
          out);
 }
 
-void linear_backward(gpt_real *dx, gpt_real *weight_grad, const gpt_real *dy, const gpt_real *x,
-                     const gpt_real *weight, int n, int in, int out) {
+static void linear_backward(void *self, gpt_real *dx, gpt_real *weight_grad, const gpt_real *dy,
+                            const gpt_real *x, const gpt_real *weight, int n, int in, int out) {
+    (void)self;
     GEMM(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, in, out, 1, dy, out, weight, in, 0, dx, in);
     GEMM(CblasRowMajor, CblasTrans, CblasNoTrans, out, in, n, 1, dy, out, x, in, 1, weight_grad,
          in);
 }
 
-void norm_forward(gpt_real *y, gpt_real *mean, gpt_real *rstd, const gpt_real *x,
-                  const gpt_real *gain, int n, int width) {
+static void norm_forward(void *self, gpt_real *y, gpt_real *mean, gpt_real *rstd, const gpt_real *x,
+                         const gpt_real *gain, int n, int width) {
+    (void)self;
     gpt_real size = (gpt_real)width;
     for (int i = 0; i < n; i++, x += width, y += width) {
         gpt_real m = sum_of(x, width) / size;
@@ -135,9 +145,10 @@ void norm_forward(gpt_real *y, gpt_real *mean, gpt_real *rstd, const gpt_real *x
     }
 }
 
-void norm_backward(gpt_real *dx, gpt_real *gain_grad, const gpt_real *dy, const gpt_real *x,
-                   const gpt_real *gain, const gpt_real *mean, const gpt_real *rstd, int n,
-                   int width) {
+static void norm_backward(void *self, gpt_real *dx, gpt_real *gain_grad, const gpt_real *dy,
+                          const gpt_real *x, const gpt_real *gain, const gpt_real *mean,
+                          const gpt_real *rstd, int n, int width) {
+    (void)self;
     gpt_real size = (gpt_real)width;
     for (int i = 0; i < n; i++, x += width, dx += width, dy += width) {
         gpt_real m = mean[i], r = rstd[i], along[LANES] = {0}, across[LANES] = {0};
@@ -163,8 +174,10 @@ void norm_backward(gpt_real *dx, gpt_real *gain_grad, const gpt_real *dy, const 
     }
 }
 
-void attention_forward(gpt_real *y, gpt_real *probs, const gpt_real *qkv,
-                       const attention_shape *s) {
+static void attention_forward(void *self, gpt_real *y, gpt_real *probs, const gpt_real *qkv,
+                              gpt_real *scratch, const attention_shape *s) {
+    (void)self;
+    (void)scratch;
     int t_count = s->context, size = s->width / s->heads, row = 3 * s->width;
     gpt_real scale = (gpt_real)(1 / sqrt((double)size));
     for (int b = 0; b < s->sequences; b++) {
@@ -192,8 +205,10 @@ void attention_forward(gpt_real *y, gpt_real *probs, const gpt_real *qkv,
     }
 }
 
-void attention_backward(gpt_real *dqkv, const gpt_real *dy, const gpt_real *probs,
-                        const gpt_real *qkv, gpt_real *scratch, const attention_shape *s) {
+static void attention_backward(void *self, gpt_real *dqkv, const gpt_real *dy,
+                               const gpt_real *probs, const gpt_real *qkv, gpt_real *scratch,
+                               const attention_shape *s) {
+    (void)self;
     int t_count = s->context, size = s->width / s->heads, row = 3 * s->width;
     gpt_real scale = (gpt_real)(1 / sqrt((double)size));
     for (int b = 0; b < s->sequences; b++) {
@@ -230,12 +245,14 @@ static inline gpt_real gelu_gate(gpt_real x) {
     return 1 / (1 + exponential(-2 * gelu_slope * (x + gelu_cubic * x * x * x)));
 }
 
-void gelu_forward(gpt_real *y, const gpt_real *x, size_t count) {
+static void gelu_forward(void *self, gpt_real *y, const gpt_real *x, size_t count) {
+    (void)self;
     for (size_t i = 0; i < count; i++)
         y[i] = x[i] * gelu_gate(x[i]);
 }
 
-void gelu_backward(gpt_real *dy, const gpt_real *x, size_t count) {
+static void gelu_backward(void *self, gpt_real *dy, const gpt_real *x, size_t count) {
+    (void)self;
     for (size_t i = 0; i < count; i++) {
         gpt_real gate = gelu_gate(x[i]);
         gpt_real slope = 2 * gelu_slope * (1 + 3 * gelu_cubic * x[i] * x[i]);
@@ -243,8 +260,9 @@ void gelu_backward(gpt_real *dy, const gpt_real *x, size_t count) {
     }
 }
 
-double cross_entropy_forward(gpt_real *logits, const unsigned char *windows,
-                             const attention_shape *s) {
+static double cross_entropy_forward(void *self, gpt_real *logits, const unsigned char *windows,
+                                    const attention_shape *s) {
+    (void)self;
     double loss = 0.0;
     for (int b = 0; b < s->sequences; b++, windows += s->context + 1) {
         for (int t = 0; t < s->context; t++, logits += GPT_VOCABULARY) {
@@ -260,8 +278,9 @@ double cross_entropy_forward(gpt_real *logits, const unsigned char *windows,
     return loss / ((double)s->sequences * s->context);
 }
 
-void cross_entropy_backward(gpt_real *probs, double scale, const unsigned char *windows,
-                            const attention_shape *s) {
+static void cross_entropy_backward(void *self, gpt_real *probs, double scale,
+                                   const unsigned char *windows, const attention_shape *s) {
+    (void)self;
     gpt_real factor = (gpt_real)(scale / ((double)s->sequences * s->context));
     for (int b = 0; b < s->sequences; b++, windows += s->context + 1) {
         for (int t = 0; t < s->context; t++, probs += GPT_VOCABULARY) {
@@ -271,3 +290,67 @@ void cross_entropy_backward(gpt_real *probs, double scale, const unsigned char *
         }
     }
 }
+
+/* ---- memory ---- */
+
+static void *host_alloc(void *self, size_t bytes) {
+    (void)self;
+    size_t size = (bytes + 63) / 64 * 64;
+    void *p = aligned_alloc(64, size);
+    if (p)
+        memset(p, 0, size);
+    return p;
+}
+
+static void host_free(void *self, void *memory) {
+    (void)self;
+    free(memory);
+}
+
+static void host_zero(void *self, void *memory, size_t bytes) {
+    (void)self;
+    memset(memory, 0, bytes);
+}
+
+static void host_copy(void *self, void *dst, const void *src, size_t bytes) {
+    (void)self;
+    memcpy(dst, src, bytes);
+}
+
+static void host_nothing(void *self) {
+    (void)self;
+}
+
+static const char *host_error(void *self) {
+    (void)self;
+    return NULL;
+}
+
+/* attention_backward's [context, context] */
+static size_t host_scratch_count(const attention_shape *s) {
+    return (size_t)s->context * (size_t)s->context;
+}
+
+const gpt_layers gpt_host_layers = {
+    .alloc = host_alloc,
+    .free = host_free,
+    .zero = host_zero,
+    .upload = host_copy,
+    .download = host_copy,
+    .wait = host_nothing,
+    .error = host_error,
+    .close = host_nothing,
+    .scratch_count = host_scratch_count,
+    .embed_forward = embed_forward,
+    .embed_backward = embed_backward,
+    .linear_forward = linear_forward,
+    .linear_backward = linear_backward,
+    .norm_forward = norm_forward,
+    .norm_backward = norm_backward,
+    .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
+    .gelu_forward = gelu_forward,
+    .gelu_backward = gelu_backward,
+    .cross_entropy_forward = cross_entropy_forward,
+    .cross_entropy_backward = cross_entropy_backward,
+};

@@ -183,9 +183,9 @@ static muonshard_status test_staged(muonshard_comm *comm, comm_ticket *ticket, b
     const comm_request *request = &ticket->request;
     if (ticket->coming_down) {
         bool passed = false;
-        TRY(failed_backend(comm, request,
-                           request->backend->streams->stamp_passed(request->backend,
-                                                                   request->stamp, &passed)));
+        TRY(failed_backend(
+            comm, request,
+            request->backend->streams->stamp_passed(request->backend, request->stamp, &passed)));
         if (!passed)
             return MUONSHARD_OK;
         ticket->coming_down = false;

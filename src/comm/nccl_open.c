@@ -1,5 +1,5 @@
-/* nccl_open.c - the way to NCCL, which lives in the CUDA plugin: beside another communicator, or over
- * one the caller has. */
+/* nccl_open.c - the way to NCCL, which lives in the CUDA plugin: beside another communicator, or
+ * over one the caller has. */
 #include "comm/comm.h"
 #include "kernels/plugin.h"
 

@@ -8,8 +8,9 @@
 #define CUDA_LIBRARY "libmuonshard_cuda.so.0.1"
 #define CUDA_DRIVER  "libcuda.so.1"
 
-/* The driver is looked for first: without it, opening the library would cost a third of a second and
- * 200 MB for nothing. Both stay open until the process ends: CUDA does not survive being unloaded. */
+/* The driver is looked for first: without it, opening the library would cost a third of a second
+ * and 200 MB for nothing. Both stay open until the process ends: CUDA does not survive being
+ * unloaded. */
 muonshard_status plugin_open(const plugin_entry **out, error_text *error) {
     *out = NULL;
     FAIL_IF(!dlopen(CUDA_DRIVER, RTLD_LAZY | RTLD_LOCAL), error, MUONSHARD_ERR_UNAVAILABLE,

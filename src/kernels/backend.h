@@ -108,9 +108,9 @@ typedef struct sum_squares_item { /* *out = sum of x^2 in fp64; not finite iff a
 } sum_squares_item;
 
 /* The agree words of all ranks, turned into the record and the active flags. A word is [stride]
- * fp64: 0 or the status of a failure, a flag a tensor (1: this rank had a gradient), sums of squares, and what
- * has to be equal on all ranks. Sums are added in the order of `sum_index`, so that the norm
- * doesn't depend on who owned what. */
+ * fp64: 0 or the status of a failure, a flag a tensor (1: this rank had a gradient), sums of
+ * squares, and what has to be equal on all ranks. Sums are added in the order of `sum_index`, so
+ * that the norm doesn't depend on who owned what. */
 typedef struct resolve_args {
     const double *words; /* [word_count, stride] */
     int word_count;
@@ -137,7 +137,7 @@ typedef struct momentum_args {
 } momentum_args;
 
 typedef struct momentum_item {
-    float *g_u;      /* [count] in: summed gradient, out: update direction U */
+    float *g_u;     /* [count] in: summed gradient, out: update direction U */
     void *momentum; /* [count] of args.dtype */
     const void *w;  /* [count] of w_dtype; read with l2 only */
     muonshard_dtype w_dtype;
@@ -318,7 +318,7 @@ struct backend {
     const backend_ops *ops;
     const stream_ops *streams; /* NULL: every call runs to its end, in memory of the host */
     void *impl;
-    int threads; /* matrices that are worked on at a time, unless all of a batch are */
+    int threads;          /* matrices that are worked on at a time, unless all of a batch are */
     uint8_t device[16];   /* the device's unique name; zeros: none */
     char device_text[96]; /* for people; empty: none */
     error_text error;

@@ -266,7 +266,8 @@ static muonshard_status cuda_stamp_seconds(backend *self, size_t from, size_t to
 /* A capture that an error has cut off ends here. */
 static void free_segments(cuda_impl *impl) {
     cudaGraph_t graph = NULL;
-    if (impl->capturing && cudaStreamEndCapture(impl->streams[STREAM_COMPUTE], &graph) == cudaSuccess)
+    if (impl->capturing &&
+        cudaStreamEndCapture(impl->streams[STREAM_COMPUTE], &graph) == cudaSuccess)
         cudaGraphDestroy(graph);
     impl->capturing = false;
     for (size_t i = 0; i < impl->segment_count; i++)

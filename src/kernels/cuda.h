@@ -53,8 +53,8 @@ muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
 
 typedef enum gemm_type { GEMM_FP32, GEMM_TF32, GEMM_BF16, GEMM_FP16, GEMM_FP64 } gemm_type;
 
-/* dst [batch, rows, cols] = alpha a [batch, rows, depth] b + beta c, row-major, one matrix after the
- * other; b is [batch, depth, cols], or [batch, cols, depth] of which the transpose is taken.
+/* dst [batch, rows, cols] = alpha a [batch, rows, depth] b + beta c, row-major, one matrix after
+ * the other; b is [batch, depth, cols], or [batch, cols, depth] of which the transpose is taken.
  * `stored`: of c and dst. c may be NULL where beta is 0. */
 typedef struct gemm {
     gemm_type operands, stored;

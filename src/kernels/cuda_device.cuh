@@ -8,9 +8,7 @@
 #include "kernels/cuda_launch.cuh"
 #include "kernels/formulas.h"
 
-template <typename Item> struct item_list {
-    Item at[CUDA_LIST];
-};
+template <typename Item> struct item_list { Item at[CUDA_LIST]; };
 
 /* Blocks an item is worth: some thousands of elements each; a function of its length alone. */
 enum { BLOCK_ELEMENTS = 8192 };
@@ -24,8 +22,8 @@ typedef struct span {
     size_t begin, end;
 } span;
 
-/* The elements of `count` that are this block's; begins are multiples of 32. None, where the grid is
- * as wide as a longer item needs it. */
+/* The elements of `count` that are this block's; begins are multiples of 32. None, where the grid
+ * is as wide as a longer item needs it. */
 __device__ static inline span block_span(size_t count) {
     const size_t units = (count + 31) / 32, part = blockIdx.x, parts = parts_for(count);
     span s = {count, count};
@@ -38,7 +36,8 @@ __device__ static inline span block_span(size_t count) {
 }
 
 /* for_each(i, span): `i` a thread, all threads of the block in turns. */
-#define for_each(i, span) for (size_t i = (span).begin + threadIdx.x; i < (span).end; i += blockDim.x)
+#define for_each(i, span)                                                                          \
+    for (size_t i = (span).begin + threadIdx.x; i < (span).end; i += blockDim.x)
 
 /* body(list, how many, the number of elements of the longest) for all items, CUDA_LIST at a time;
  * those without elements are left out. */

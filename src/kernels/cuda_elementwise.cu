@@ -9,7 +9,8 @@ struct payload {
     unsigned char byte[PAYLOAD];
 };
 
-__global__ static void write_kernel(unsigned char *dst, const __grid_constant__ payload p, unsigned bytes) {
+__global__ static void write_kernel(unsigned char *dst, const __grid_constant__ payload p,
+                                    unsigned bytes) {
     for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < bytes; i += gridDim.x * blockDim.x)
         dst[i] = p.byte[i];
 }
@@ -44,13 +45,13 @@ __device__ static void convert_element(const kernel_context *c, bool always, con
     }
 }
 
-__global__ static void convert_kernel(kernel_context c, bool always, const __grid_constant__ item_list<convert_item> list) {
+__global__ static void convert_kernel(kernel_context c, bool always,
+                                      const __grid_constant__ item_list<convert_item> list) {
     const convert_item *it = &list.at[blockIdx.y];
     if (!always && leave_alone(&c, it->tensor))
         return;
     const span s = block_span(it->count);
-    for_each(i, s)
-        convert_element(&c, always, it, i);
+    for_each(i, s) convert_element(&c, always, it, i);
 }
 
 cudaError_t cuda_convert(const kernel_context *context, const convert_item *items, size_t count,
@@ -92,7 +93,8 @@ cudaError_t cuda_sum_ranks(const sum_ranks_args *args, cudaStream_t stream) {
 
 /* One pass: M, U and the sum of U^2. parts [CUDA_LIST, CUDA_PARTS]. */
 __global__ static void momentum_kernel(kernel_context c, momentum_args args,
-                                       const __grid_constant__ item_list<momentum_item> list, double *parts) {
+                                       const __grid_constant__ item_list<momentum_item> list,
+                                       double *parts) {
     __shared__ momentum_scalars shared;
     const momentum_item *it = &list.at[blockIdx.y];
     if (leave_alone(&c, it->tensor))
@@ -121,8 +123,9 @@ __global__ static void momentum_kernel(kernel_context c, momentum_args args,
 }
 
 /* Adds the parts of an item up; the others' outputs stay as they are. */
-__global__ static void momentum_squares_kernel(kernel_context c, const __grid_constant__ item_list<momentum_item> list,
-                                               const double *parts) {
+__global__ static void
+momentum_squares_kernel(kernel_context c, const __grid_constant__ item_list<momentum_item> list,
+                        const double *parts) {
     const momentum_item *it = &list.at[blockIdx.x];
     if (!it->squares || leave_alone(&c, it->tensor))
         return;
@@ -140,8 +143,9 @@ cudaError_t cuda_momentum(const kernel_context *context, const momentum_args *ar
     return in_lists(
         items, count, [](const momentum_item &it) { return it.count; },
         [&](const item_list<momentum_item> &list, unsigned used, size_t longest) {
-            const cudaError_t status = launch(momentum_kernel, dim3(parts_for(longest), used),
-                                              dim3(THREADS), stream, *context, *args, list, scratch);
+            const cudaError_t status =
+                launch(momentum_kernel, dim3(parts_for(longest), used), dim3(THREADS), stream,
+                       *context, *args, list, scratch);
             return status ? status
                           : launch(momentum_squares_kernel, dim3(used), dim3(THREADS), stream,
                                    *context, list, scratch);
@@ -159,7 +163,8 @@ __device__ static float weight_after(const apply_args *args, float w, float u, a
     }
 }
 
-__global__ static void apply_kernel(kernel_context c, apply_args args, const __grid_constant__ item_list<apply_item> list) {
+__global__ static void apply_kernel(kernel_context c, apply_args args,
+                                    const __grid_constant__ item_list<apply_item> list) {
     const apply_item *it = &list.at[blockIdx.y];
     if (leave_alone(&c, it->tensor))
         return;
@@ -184,8 +189,7 @@ __global__ static void apply_kernel(kernel_context c, apply_args args, const __g
 cudaError_t cuda_apply(const kernel_context *context, const apply_args *args,
                        const apply_item *items, size_t count, cudaStream_t stream) {
     return in_lists(
-        items, count,
-        [](const apply_item &it) { return (size_t)it.rows * (size_t)it.cols; },
+        items, count, [](const apply_item &it) { return (size_t)it.rows * (size_t)it.cols; },
         [&](const item_list<apply_item> &list, unsigned used, size_t longest) {
             return launch(apply_kernel, dim3(parts_for(longest), used), dim3(THREADS), stream,
                           *context, *args, list);
@@ -194,7 +198,8 @@ cudaError_t cuda_apply(const kernel_context *context, const apply_args *args,
 
 /* ---- AdamW and Lion ---- */
 
-__global__ static void adam_kernel(kernel_context c, adam_args args, const __grid_constant__ item_list<adam_item> list) {
+__global__ static void adam_kernel(kernel_context c, adam_args args,
+                                   const __grid_constant__ item_list<adam_item> list) {
     __shared__ adam_scalars shared;
     const adam_item *it = &list.at[blockIdx.y];
     if (leave_alone(&c, it->tensor))

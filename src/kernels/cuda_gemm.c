@@ -75,12 +75,12 @@ static cublasStatus_t make_layout(cublasLtMatrixLayout_t *layout, gemm_type type
                                   int64_t cols, int64_t batch) {
     const int32_t count = (int32_t)batch;
     const int64_t stride = rows * cols;
-    TRY_BLAS(cublasLtMatrixLayoutCreate(layout, data_type(type), (uint64_t)rows, (uint64_t)cols,
-                                        rows));
+    TRY_BLAS(
+        cublasLtMatrixLayoutCreate(layout, data_type(type), (uint64_t)rows, (uint64_t)cols, rows));
     TRY_BLAS(cublasLtMatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
                                               sizeof count));
-    return cublasLtMatrixLayoutSetAttribute(
-        *layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride);
+    return cublasLtMatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                            &stride, sizeof stride);
 }
 
 static cublasStatus_t choose_algorithm(cublasLtHandle_t blas, gemm_choice *c) {

@@ -1,6 +1,6 @@
-/* cuda_kernels.h - the kernels of the CUDA backend behind launch calls, for the C files of it. Every
- * call enqueues on `stream` and returns the launch's outcome; pointers are the device's but for lists
- * of items, which travel as kernel arguments and may be changed or freed at once. */
+/* cuda_kernels.h - the kernels of the CUDA backend behind launch calls, for the C files of it.
+ * Every call enqueues on `stream` and returns the launch's outcome; pointers are the device's but
+ * for lists of items, which travel as kernel arguments and may be changed or freed at once. */
 #ifndef CUDA_KERNELS_H
 #define CUDA_KERNELS_H
 
@@ -41,8 +41,8 @@ cudaError_t cuda_variance(const kernel_context *context, const variance_args *ar
                           const variance_item *items, size_t count, double *scratch,
                           cudaStream_t stream);
 
-/* ---- cuda_normalize.cu ---- Matrices of one batch lie one after the other: x [count, m, n], squares
- * [count, m, m], factors [count, m] fp64. `ns_dtype`: fp32 for tf32. */
+/* ---- cuda_normalize.cu ---- Matrices of one batch lie one after the other: x [count, m, n],
+ * squares [count, m, m], factors [count, m] fp64. `ns_dtype`: fp32 for tf32. */
 
 /* x64 = the items' matrices, oriented. */
 cudaError_t cuda_load_fp64(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
@@ -62,8 +62,8 @@ cudaError_t cuda_spectral_factors(double eps, const double *logs, size_t count, 
 /* a = diag(factors) gram diag(factors) */
 cudaError_t cuda_store_gram(const double *gram, const double *factors, size_t count, int64_t m,
                             ns_dtype dtype, void *a, cudaStream_t stream);
-/* x = diag(factors) times the items' matrices, oriented; multiplied in fp64, rounded once to fp32 and
- * from there to the dtype. */
+/* x = diag(factors) times the items' matrices, oriented; multiplied in fp64, rounded once to fp32
+ * and from there to the dtype. */
 cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
                          const double *factors, ns_dtype dtype, void *x, cudaStream_t stream);
 /* To where the items want it, as `wanted`. */

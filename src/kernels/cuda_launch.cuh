@@ -1,5 +1,6 @@
-/* cuda_launch.cuh - how a kernel is launched: through the runtime's own call, so that its outcome is
- * a status like any other. A build without nvcc (the tests') runs the same kernels on the host. */
+/* cuda_launch.cuh - how a kernel is launched: through the runtime's own call, so that its outcome
+ * is a status like any other. A build without nvcc (the tests') runs the same kernels on the host.
+ */
 #ifndef CUDA_LAUNCH_CUH
 #define CUDA_LAUNCH_CUH
 
@@ -9,9 +10,7 @@
 
 enum { THREADS = 256, TILE = 32, TILE_ROWS = 8 };
 
-template <typename Type> struct plain {
-    typedef Type type;
-};
+template <typename Type> struct plain { typedef Type type; };
 
 template <typename... Parameters>
 static cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,

@@ -51,8 +51,8 @@ static cudaError_t in_order(const orthogonalize_item *items, size_t count, Body 
         });
 }
 
-__global__ static void load_fp64_kernel(
-    const __grid_constant__ item_list<orthogonalize_item> list, int64_t m, int64_t n, double *x64) {
+__global__ static void load_fp64_kernel(const __grid_constant__ item_list<orthogonalize_item> list,
+                                        int64_t m, int64_t n, double *x64) {
     const orthogonalize_item *it = &list.at[blockIdx.y];
     double *to = x64 + (size_t)blockIdx.y * (size_t)m * (size_t)n;
     const float *u = it->u;
@@ -91,12 +91,11 @@ cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t 
                          const double *factors, ns_dtype dtype, void *x, cudaStream_t stream) {
     const muonshard_dtype stored = stored_as(dtype);
     const size_t bytes = (size_t)m * (size_t)n * dtype_size(stored);
-    return in_order(items, count,
-                    [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
-                        return launch(store_x_kernel, tiles_of(m, n, used), dim3(TILE, TILE_ROWS),
-                                      stream, list, m, n, factors + before * (size_t)m, stored,
-                                      (char *)x + before * bytes);
-                    });
+    return in_order(
+        items, count, [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
+            return launch(store_x_kernel, tiles_of(m, n, used), dim3(TILE, TILE_ROWS), stream, list,
+                          m, n, factors + before * (size_t)m, stored, (char *)x + before * bytes);
+        });
 }
 
 __global__ static void give_back_kernel(const __grid_constant__ item_list<orthogonalize_item> list,
@@ -120,11 +119,11 @@ cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_
                            cudaStream_t stream) {
     const muonshard_dtype stored = stored_as(dtype);
     const size_t bytes = (size_t)m * (size_t)n * dtype_size(stored);
-    return in_order(items, count,
-                    [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
-                        return launch(give_back_kernel, tiles_of(m, n, used), dim3(TILE, TILE_ROWS),
-                                      stream, list, m, n, stored, (const char *)x + before * bytes, wanted);
-                    });
+    return in_order(
+        items, count, [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
+            return launch(give_back_kernel, tiles_of(m, n, used), dim3(TILE, TILE_ROWS), stream,
+                          list, m, n, stored, (const char *)x + before * bytes, wanted);
+        });
 }
 
 /* ---- factors ---- */
@@ -145,8 +144,7 @@ static inline dim3 grid_for(size_t elements, size_t count) {
 
 __global__ static void frobenius_kernel(ns_norm norm, double eps, const double *squares, int64_t m,
                                         double *factors) {
-    const double factor =
-        inverse_of(frobenius_divisor(norm, sqrt(squares[blockIdx.y]), eps));
+    const double factor = inverse_of(frobenius_divisor(norm, sqrt(squares[blockIdx.y]), eps));
     each_of_grid(i, m) factors[(size_t)blockIdx.y * (size_t)m + i] = factor;
 }
 
@@ -289,8 +287,8 @@ __global__ static void mirror_kernel(void *a, int64_t m, muonshard_dtype dtype) 
         return;
     for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y)
         if (row + k < m && col + threadIdx.x < m)
-            tile[k][threadIdx.x] = load_element(
-                a, dtype, before + place(row + k, col + threadIdx.x, m, m, false));
+            tile[k][threadIdx.x] =
+                load_element(a, dtype, before + place(row + k, col + threadIdx.x, m, m, false));
     __syncthreads();
     for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y)
         if (col + k < m && row + threadIdx.x < m && row + threadIdx.x > col + k)

@@ -1,7 +1,8 @@
-/* cuda_orthogonalize.c - runs a Newton-Schulz program on all matrices of a batch at a time: products
- * through cuBLASLt, everything else through kernels of ours. Symmetric results are computed whole. X X^T
- * comes out symmetric as far as cuBLASLt adds up in one order; what only commutes does not, and the
- * Gram form, which multiplies such squares on and on, wants it to be: it is mirrored. */
+/* cuda_orthogonalize.c - runs a Newton-Schulz program on all matrices of a batch at a time:
+ * products through cuBLASLt, everything else through kernels of ours. Symmetric results are
+ * computed whole. X X^T comes out symmetric as far as cuBLASLt adds up in one order; what only
+ * commutes does not, and the Gram form, which multiplies such squares on and on, wants it to be: it
+ * is mirrored. */
 #include "kernels/cuda.h"
 #include "kernels/cuda_kernels.h"
 
@@ -14,12 +15,12 @@ typedef struct buffers {
     int64_t m, n;
     size_t count;
     void *at[NS_BUFFER_COUNT]; /* X, Y [count, m, n]; A to D [count, m, m], as stored */
-    void *operands[2];         /* [count, m, m]: squares as they enter products of a narrower dtype */
-    double *factors;           /* [count, m] */
-    double *squares;           /* [count]: of items that have none */
-    double *x64, *gram[2];     /* [count, m, n]; [count, m, m]: of norms that need X X^T */
-    double *logs;              /* [2, count]: spectral */
-    void *gemm;                /* [GEMM_WORKSPACE] */
+    void *operands[2];     /* [count, m, m]: squares as they enter products of a narrower dtype */
+    double *factors;       /* [count, m] */
+    double *squares;       /* [count]: of items that have none */
+    double *x64, *gram[2]; /* [count, m, n]; [count, m, m]: of norms that need X X^T */
+    double *logs;          /* [2, count]: spectral */
+    void *gemm;            /* [GEMM_WORKSPACE] */
 } buffers;
 
 /* ---- memory ---- */
@@ -89,11 +90,9 @@ static muonshard_status squares_of(const buffers *s, const orthogonalize_item *i
         sum_squares_item list[CUDA_LIST];
         size_t used = 0;
         for (; used < CUDA_LIST && i < s->count; used++, i++)
-            list[used] = (sum_squares_item){.x = items[i].u,
-                                            .count = (size_t)s->m * (size_t)s->n,
-                                            .out = s->squares + i};
-        TRY_CUDA(s->self,
-                 cuda_sum_squares(list, used, cuda_of(s->self)->scratch, s->stream));
+            list[used] = (sum_squares_item){
+                .x = items[i].u, .count = (size_t)s->m * (size_t)s->n, .out = s->squares + i};
+        TRY_CUDA(s->self, cuda_sum_squares(list, used, cuda_of(s->self)->scratch, s->stream));
     }
     return MUONSHARD_OK;
 }
@@ -124,8 +123,7 @@ static muonshard_status spectral_factors(const buffers *s, double eps) {
             break;
         TRY(multiply_fp64(s, s->gram[k % 2], s->m, s->gram[(k + 1) % 2]));
     }
-    TRY_CUDA(s->self,
-             cuda_spectral_factors(eps, s->logs, s->count, s->m, s->factors, s->stream));
+    TRY_CUDA(s->self, cuda_spectral_factors(eps, s->logs, s->count, s->m, s->factors, s->stream));
     return MUONSHARD_OK;
 }
 
@@ -144,8 +142,7 @@ static muonshard_status gram_factors(const buffers *s, const ns_instruction *op,
 
 static muonshard_status normalize(const buffers *s, const ns_instruction *op,
                                   const orthogonalize_item *items) {
-    const bool frobenius = op->norm == NS_NORM_FROBENIUS_ADD ||
-                           op->norm == NS_NORM_FROBENIUS_MAX ||
+    const bool frobenius = op->norm == NS_NORM_FROBENIUS_ADD || op->norm == NS_NORM_FROBENIUS_MAX ||
                            op->norm == NS_NORM_FROBENIUS_SAFETY;
     if (needs_gram(op))
         TRY(gram_factors(s, op, items));
@@ -170,7 +167,8 @@ static gemm_type gemm_type_of(ns_dtype dtype) {
     return types[dtype];
 }
 
-/* Buffer `b` in the dtype of the product's operands, through operands[slot] if it has to be rounded. */
+/* Buffer `b` in the dtype of the product's operands, through operands[slot] if it has to be
+ * rounded. */
 static muonshard_status operand(const buffers *s, ns_buffer b, ns_dtype dtype, int slot,
                                 const void **out) {
     *out = s->at[b];
@@ -218,9 +216,8 @@ static muonshard_status run(const buffers *s, const ns_instruction *op,
     case NS_COMMUTING_PRODUCT:
     case NS_PRODUCT: return multiply(s, op);
     case NS_ADD_IDENTITY:
-        TRY_CUDA(s->self,
-                 cuda_add_identity(s->at[op->a], s->count, s->m, op->alpha,
-                                   s->program->square_dtype, s->at[op->dst], s->stream));
+        TRY_CUDA(s->self, cuda_add_identity(s->at[op->a], s->count, s->m, op->alpha,
+                                            s->program->square_dtype, s->at[op->dst], s->stream));
         break;
     }
     return MUONSHARD_OK;

@@ -78,8 +78,8 @@ __device__ static void add_line(const variance_args *args, const variance_item *
 }
 
 __device__ static double square_at(const variance_item *it, int64_t row, int64_t col) {
-    const double u = (double)load_element(it->u, it->u_dtype, (size_t)row * (size_t)it->cols +
-                                                                  (size_t)col);
+    const double u =
+        (double)load_element(it->u, it->u_dtype, (size_t)row * (size_t)it->cols + (size_t)col);
     return u * u;
 }
 
@@ -145,8 +145,7 @@ cudaError_t cuda_variance(const kernel_context *context, const variance_args *ar
                           const variance_item *items, size_t count, double *scratch,
                           cudaStream_t stream) {
     return in_lists(
-        items, count,
-        [](const variance_item &it) { return (size_t)it.rows * (size_t)it.cols; },
+        items, count, [](const variance_item &it) { return (size_t)it.rows * (size_t)it.cols; },
         [&](const item_list<variance_item> &list, unsigned used, size_t longest) {
             const unsigned parts = parts_for(longest);
             const cudaError_t status = launch(variance_kernel, dim3(parts, used), dim3(THREADS),

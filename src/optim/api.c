@@ -28,8 +28,8 @@ static muonshard_status open_backend(muonshard_optimizer *o, const placement *at
     char why[256] = "";
     const cuda_options cuda = {.local_rank = at->local_rank, .share = o->settings->share_gpu != 0};
     const muonshard_status status =
-        backend_open((backend_choice)o->settings->backend, placement_options(at, o->settings),
-                     cuda, &o->backend, error, why, sizeof why);
+        backend_open((backend_choice)o->settings->backend, placement_options(at, o->settings), cuda,
+                     &o->backend, error, why, sizeof why);
     if (status == MUONSHARD_OK && o->comm->rank == 0)
         comm_log(o->comm, MUONSHARD_LOG_INFO, "%s", why);
     return status;
@@ -137,8 +137,10 @@ static muonshard_status open_data(muonshard_optimizer *o, error_text *error) {
                 names[choice], given);
     }
     if (on_device && !o->comm->ops->on_stream && o->comm->rank == 0)
-        comm_log(o->comm, MUONSHARD_LOG_WARNING, "tensors go over %s, through memory of the host "
-                 "(%s)", given, why);
+        comm_log(o->comm, MUONSHARD_LOG_WARNING,
+                 "tensors go over %s, through memory of the host "
+                 "(%s)",
+                 given, why);
     return MUONSHARD_OK;
 }
 

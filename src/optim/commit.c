@@ -323,10 +323,10 @@ static bool workspace_in_use(const muonshard_optimizer *o) {
 /* Back to what it was before commit. */
 void optimizer_release(muonshard_optimizer *o) {
     const workspace *m = &o->memory;
-    void *memory[] = {m->momentum, m->variance, m->masters,        m->flat_m,    m->flat_v,
-                      m->flat_w,   m->owned,    m->factors,        m->flat_sent, m->pack,
-                      m->exchange, m->zeros,    m->newton_schulz,  m->word,      m->words,
-                      m->totals,   m->active,   m->skip_if_absent, m->values,    m->record,
+    void *memory[] = {m->momentum,  m->variance, m->masters,        m->flat_m,    m->flat_v,
+                      m->flat_w,    m->owned,    m->factors,        m->flat_sent, m->pack,
+                      m->exchange,  m->zeros,    m->newton_schulz,  m->word,      m->words,
+                      m->totals,    m->active,   m->skip_if_absent, m->values,    m->record,
                       m->sum_index, m->squares};
     void *pinned[] = {m->posted, m->staged_sent, m->staged_recv, m->staged_words};
     const bool in_use = workspace_in_use(o);

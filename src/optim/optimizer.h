@@ -39,9 +39,10 @@ typedef struct workspace {
     /* of a backend with streams */
     double *squares; /* [most matrices owned of a batch] sums of U^2, from momentum on */
     /* pinned, of the host */
-    step_record *posted;             /* [STEP_RESULTS] records of steps, as they become known */
-    char *staged_sent, *staged_recv; /* [staged_bytes] what a staged communicator sends and receives */
-    double *staged_words;            /* [4 + world size + agree world size times their strides] */
+    step_record *posted; /* [STEP_RESULTS] records of steps, as they become known */
+    char *staged_sent,
+        *staged_recv;     /* [staged_bytes] what a staged communicator sends and receives */
+    double *staged_words; /* [4 + world size + agree world size times their strides] */
 } workspace;
 
 /* Kernel arguments that stay the same from step to step. */
@@ -125,7 +126,7 @@ struct muonshard_optimizer {
     int64_t settled;               /* steps up to this one are over, and their results known */
 
     /* the step under way */
-    bool graphs;   /* segments are captured and replayed */
+    bool graphs;         /* segments are captured and replayed */
     size_t next;         /* operation to run next; 0 or schedule.count: none is under way */
     int64_t step;        /* number of the step under way or, between steps, of the last one */
     bool open;           /* a step is under way: begun by grad_ready or step, not finished */
@@ -205,10 +206,11 @@ muonshard_status step_begin(muonshard_optimizer *o);
 muonshard_status step_start_ready(muonshard_optimizer *o);
 /* What the caller's stream has been given comes before the step's operations. */
 muonshard_status step_join(muonshard_optimizer *o, void *stream);
-/* What the caller's stream is given next comes after what was issued; or after operation `index` of step
- * `step` (NULL: the handle's stream). */
+/* What the caller's stream is given next comes after what was issued; or after operation `index` of
+ * step `step` (NULL: the handle's stream). */
 muonshard_status step_give_back(muonshard_optimizer *o, void *stream);
-muonshard_status step_give_back_op(muonshard_optimizer *o, size_t index, int64_t step, void *stream);
+muonshard_status step_give_back_op(muonshard_optimizer *o, size_t index, int64_t step,
+                                   void *stream);
 /* Runs operations [next, end); finishes the step when that was the last. */
 muonshard_status step_run_until(muonshard_optimizer *o, size_t end);
 /* Lets operations that were started advance. */

@@ -7,9 +7,9 @@
 #include "settings.h"
 
 typedef struct placement {
-    int cores;    /* this process may run on */
-    int sharing;  /* ranks that may run on some of them, this one included */
-    host_isa isa; /* the best that every rank has */
+    int cores;      /* this process may run on */
+    int sharing;    /* ranks that may run on some of them, this one included */
+    host_isa isa;   /* the best that every rank has */
     int local_rank; /* among those on this machine */
 } placement;
 

@@ -16,8 +16,8 @@ muonshard_status settle_stamp(muonshard_optimizer *o, size_t index, op_stamp whi
 
 /* ---- when ---- */
 
-/* Seconds of now_s(). A device's clock is its own: the host's and the device's meet where the step's
- * first stamp is. */
+/* Seconds of now_s(). A device's clock is its own: the host's and the device's meet where the
+ * step's first stamp is. */
 static muonshard_status time_of(muonshard_optimizer *o, int64_t step, size_t index, op_stamp which,
                                 double *at) {
     const size_t stamped = stamp_index(o, step, index, which);
@@ -83,9 +83,9 @@ void settle_record(muonshard_optimizer *o, int64_t step) {
     for (size_t i = 0; !r->skip && i < o->plan.batch_count; i++) {
         const batch_work *work = &o->batches[i];
         if (work->owned)
-            o->stats.ns_flops += (double)work->owned * ns_program_flops(work->program,
-                                                                        o->plan.batches[i].m,
-                                                                        o->plan.batches[i].n);
+            o->stats.ns_flops +=
+                (double)work->owned *
+                ns_program_flops(work->program, o->plan.batches[i].m, o->plan.batches[i].n);
     }
 }
 
@@ -131,8 +131,7 @@ muonshard_status settle_until(muonshard_optimizer *o, int64_t step) {
     while (o->settled < step) {
         const int64_t next = o->settled + 1;
         const double begin = now_s();
-        const double deadline =
-            next == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
+        const double deadline = next == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
         for (bool over = false; !over;) {
             const double waited = now_s() - begin;
             TRY(look(o, next, &over));

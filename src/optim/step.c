@@ -171,13 +171,14 @@ static muonshard_status gather_totals(muonshard_optimizer *o) {
     return from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMM, STREAM_COMPUTE));
 }
 
-/* The host backend knows at once; a device posts the record, to be read when the step is settled. */
+/* The host backend knows at once; a device posts the record, to be read when the step is settled.
+ */
 static muonshard_status post_record(muonshard_optimizer *o) {
     step_record *posted = &o->memory.posted[o->step % STEP_RESULTS];
     const copy_item item = {posted, o->memory.record, sizeof *posted};
     if (runs_ahead(o))
-        return from_backend(
-            o, o->backend->streams->copy_async(o->backend, &item, 1, STREAM_COMPUTE));
+        return from_backend(o,
+                            o->backend->streams->copy_async(o->backend, &item, 1, STREAM_COMPUTE));
     TRY(run_copies(o, &item, 1, STREAM_COMPUTE));
     o->failed = posted->failed != 0;
     settle_record(o, o->step);
@@ -404,8 +405,8 @@ static muonshard_status await(muonshard_optimizer *o, size_t index) {
         TRY(settle_stamp(o, index, STAMP_WAIT_FROM, operation->stream));
         TRY(wait_collective(o, before));
     }
-    TRY(from_backend(o, o->backend->ops->fence(o->backend, o->schedule.ops[before].stream,
-                                               operation->stream)));
+    TRY(from_backend(
+        o, o->backend->ops->fence(o->backend, o->schedule.ops[before].stream, operation->stream)));
     return collective ? settle_stamp(o, index, STAMP_WAIT_TO, operation->stream) : MUONSHARD_OK;
 }
 
@@ -454,8 +455,8 @@ static muonshard_status record_segment(muonshard_optimizer *o, size_t first, siz
                                o->backend, segment + (size_t)(step % STEPS_IN_FLIGHT), mode));
 }
 
-/* As it is in the first step, when kernels are loaded and algorithms chosen; recorded in the second,
- * for each of the steps that can be in flight, and replayed from then on. */
+/* As it is in the first step, when kernels are loaded and algorithms chosen; recorded in the
+ * second, for each of the steps that can be in flight, and replayed from then on. */
 static muonshard_status run_segment(muonshard_optimizer *o, size_t first, size_t end) {
     const size_t segment = (size_t)o->schedule.ops[first].segment * STEPS_IN_FLIGHT;
     if (o->schedule.ops[first].waits_on != OP_NONE)
@@ -481,23 +482,23 @@ static size_t segment_end(const muonshard_optimizer *o, size_t index) {
 /* The caller's gradients are final where its stream is now. */
 muonshard_status step_join(muonshard_optimizer *o, void *stream) {
     for (int own = 0; runs_ahead(o) && own < STREAM_COUNT; own++)
-        TRY(from_backend(
-            o, o->backend->streams->join_from(o->backend, stream, (backend_stream)own)));
+        TRY(from_backend(o,
+                         o->backend->streams->join_from(o->backend, stream, (backend_stream)own)));
     return MUONSHARD_OK;
 }
 
 muonshard_status step_give_back(muonshard_optimizer *o, void *stream) {
-    return runs_ahead(o) ? from_backend(o, o->backend->streams->join_to(o->backend, stream,
-                                                                        STREAM_COMPUTE))
-                         : MUONSHARD_OK;
+    return runs_ahead(o)
+               ? from_backend(o, o->backend->streams->join_to(o->backend, stream, STREAM_COMPUTE))
+               : MUONSHARD_OK;
 }
 
-muonshard_status step_give_back_op(muonshard_optimizer *o, size_t index, int64_t step, void *stream) {
-    return runs_ahead(o)
-               ? from_backend(o, o->backend->streams->wait_stamp(
-                                     o->backend, stamp_index(o, step, index, STAMP_END),
-                                     stream ? stream : o->stream))
-               : MUONSHARD_OK;
+muonshard_status step_give_back_op(muonshard_optimizer *o, size_t index, int64_t step,
+                                   void *stream) {
+    return runs_ahead(o) ? from_backend(o, o->backend->streams->wait_stamp(
+                                               o->backend, stamp_index(o, step, index, STAMP_END),
+                                               stream ? stream : o->stream))
+                         : MUONSHARD_OK;
 }
 
 muonshard_status step_begin(muonshard_optimizer *o) {

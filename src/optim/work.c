@@ -94,10 +94,8 @@ static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, s
                         .squares = m->squares ? m->squares + k : NULL,
                         .count = w->slot,
                         .tensor = v->tensor};
-    work->orthogonalize[k] = (orthogonalize_item){.u = u,
-                                                  .squares = work->momentum[k].squares,
-                                                  .out = u,
-                                                  .transposed = v->rows > v->cols};
+    work->orthogonalize[k] = (orthogonalize_item){
+        .u = u, .squares = work->momentum[k].squares, .out = u, .transposed = v->rows > v->cols};
     work->variance[k] = (variance_item){.u = u,
                                         .u_dtype = ns_program_output(work->program),
                                         .v = m->variance + w->variance_offset,
@@ -266,8 +264,8 @@ static void add_gathered(muonshard_optimizer *o, op_state *state, const void *se
                          size_t bytes, const uint8_t *filled) {
     const workspace *m = &o->memory;
     comm_part *part = &state->parts[state->part_count];
-    *part = (comm_part){
-        .send = send, .recv = m->exchange + offset, .bytes = bytes, .filled = filled};
+    *part =
+        (comm_part){.send = send, .recv = m->exchange + offset, .bytes = bytes, .filled = filled};
     if (state->host_parts) {
         comm_part *host = &state->host_parts[state->part_count];
         *host = *part;
@@ -387,7 +385,7 @@ void work_free(muonshard_optimizer *o) {
     for (size_t i = 0; o->ops && i < o->schedule.count; i++)
         free_parts(&o->ops[i]);
     free_parts(&o->totals);
-    void *lists[] = {o->batches,   o->buckets, o->ops,         o->adam, o->converts,
+    void *lists[] = {o->batches,   o->buckets, o->ops,         o->adam,  o->converts,
                      o->word_head, o->values,  o->first_entry, o->ready, o->filled};
     for (size_t i = 0; i < sizeof lists / sizeof lists[0]; i++)
         free(lists[i]);

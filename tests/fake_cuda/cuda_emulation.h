@@ -1,6 +1,6 @@
 /* cuda_emulation.h - kernels as functions of the host: a block is run thread by thread, each on a
- * stack of its own as soon as one of them comes to a barrier. Included by cuda_launch.cuh where nvcc
- * doesn't compile it. */
+ * stack of its own as soon as one of them comes to a barrier. Included by cuda_launch.cuh where
+ * nvcc doesn't compile it. */
 #ifndef CUDA_EMULATION_H
 #define CUDA_EMULATION_H
 
@@ -27,9 +27,7 @@ cudaError_t emulated_launch(cudaStream_t stream, dim3 grid, dim3 block, size_t p
 
 #define __syncthreads() emulated_barrier()
 
-template <typename Type> struct plain {
-    typedef Type type;
-};
+template <typename Type> struct plain { typedef Type type; };
 
 template <typename... Parameters>
 static cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,

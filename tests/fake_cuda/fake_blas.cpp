@@ -13,7 +13,7 @@ namespace {
 
 struct operation {
     cublasComputeType_t compute;
-    bool left_transposed = false;
+    bool left_transposed = false, right_transposed = false;
 };
 
 struct layout {
@@ -27,12 +27,24 @@ size_t size_of(cudaDataType type) {
     return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2;
 }
 
+/* Alignments an algorithm counts on. */
+struct preference {
+    uint32_t bytes[4] = {256, 256, 256, 256}; /* A, B, C, D */
+};
+
 float tf32(float x) {
     return float_of(nearest(bits_of(x), 13) << 13);
 }
 
+double as_operand(cublasComputeType_t compute, double x) {
+    return compute == CUBLAS_COMPUTE_32F_FAST_TF32   ? tf32((float)x)
+           : compute == CUBLAS_COMPUTE_32F_FAST_16BF ? from_bf16(to_bf16((float)x))
+                                                     : x;
+}
+
 /* Matrix number `i` of a batch, closely packed. */
-std::vector<double> load(const layout &l, const void *memory, int64_t i, bool round_tf32) {
+std::vector<double> load(const layout &l, const void *memory, int64_t i,
+                         cublasComputeType_t compute) {
     std::vector<double> out(l.rows * l.cols);
     const char *base = (const char *)memory + (size_t)(i * l.stride) * size_of(l.type);
     for (size_t c = 0; c < l.cols; c++)
@@ -45,7 +57,7 @@ std::vector<double> load(const layout &l, const void *memory, int64_t i, bool ro
             case CUDA_R_16F: x = from_fp16(((const uint16_t *)base)[at]); break;
             default: x = ((const float *)base)[at];
             }
-            out[c * l.rows + r] = round_tf32 ? tf32((float)x) : x;
+            out[c * l.rows + r] = as_operand(compute, x);
         }
     return out;
 }
@@ -70,31 +82,33 @@ void multiply_fp32(const operation &o, const layout &d, size_t depth, double alp
                    std::vector<double> &out) {
     const std::vector<float> left(a.begin(), a.end()), right(b.begin(), b.end());
     std::vector<float> sum(out.begin(), out.end());
-    cblas_sgemm(CblasColMajor, o.left_transposed ? CblasTrans : CblasNoTrans, CblasNoTrans,
-                (int)d.rows, (int)d.cols, (int)depth, (float)alpha, left.data(),
-                (int)(o.left_transposed ? depth : d.rows), right.data(), (int)depth, 1.0f,
-                sum.data(), (int)d.rows);
+    cblas_sgemm(CblasColMajor, o.left_transposed ? CblasTrans : CblasNoTrans,
+                o.right_transposed ? CblasTrans : CblasNoTrans, (int)d.rows, (int)d.cols, (int)depth,
+                (float)alpha, left.data(), (int)(o.left_transposed ? depth : d.rows), right.data(),
+                (int)(o.right_transposed ? d.cols : depth), 1.0f, sum.data(), (int)d.rows);
     out.assign(sum.begin(), sum.end());
 }
 
-void multiply(const operation &o, const layout &la, const layout &lb, const layout &d, double alpha,
-              double beta, const void *a, const void *b, const void *c, void *dst) {
+void multiply(const operation &o, const layout &la, const layout &lb, const layout &lc,
+              const layout &d, double alpha, double beta, const void *a, const void *b,
+              const void *c, void *dst) {
     const bool wide = o.compute == CUBLAS_COMPUTE_64F;
-    const bool round = o.compute == CUBLAS_COMPUTE_32F_FAST_TF32;
     const size_t depth = o.left_transposed ? la.rows : la.cols;
     for (int64_t i = 0; i < d.batch; i++) {
-        const std::vector<double> left = load(la, a, i, round), right = load(lb, b, i, round);
+        const std::vector<double> left = load(la, a, i, o.compute),
+                                  right = load(lb, b, i, o.compute);
         std::vector<double> out(d.rows * d.cols, 0.0);
         if (beta != 0.0) {
-            out = load(d, c, i, false);
+            out = load(lc, c, i, CUBLAS_COMPUTE_32F);
             for (double &x : out)
                 x *= beta;
         }
         if (wide)
-            cblas_dgemm(CblasColMajor, o.left_transposed ? CblasTrans : CblasNoTrans, CblasNoTrans,
-                        (int)d.rows, (int)d.cols, (int)depth, alpha, left.data(),
-                        (int)(o.left_transposed ? depth : d.rows), right.data(), (int)depth, 1.0,
-                        out.data(), (int)d.rows);
+            cblas_dgemm(CblasColMajor, o.left_transposed ? CblasTrans : CblasNoTrans,
+                        o.right_transposed ? CblasTrans : CblasNoTrans, (int)d.rows, (int)d.cols,
+                        (int)depth, alpha, left.data(), (int)(o.left_transposed ? depth : d.rows),
+                        right.data(), (int)(o.right_transposed ? d.cols : depth), 1.0, out.data(),
+                        (int)d.rows);
         else
             multiply_fp32(o, d, depth, alpha, left, right, out);
         store(d, dst, i, out);
@@ -149,9 +163,13 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc,
                                               cublasLtMatmulDescAttributes_t attribute,
                                               const void *value, size_t) {
     MAY_FAIL();
-    if (attribute != CUBLASLT_MATMUL_DESC_TRANSA)
+    const bool transposed = *(const cublasOperation_t *)value == CUBLAS_OP_T;
+    if (attribute == CUBLASLT_MATMUL_DESC_TRANSA)
+        ((operation *)desc)->left_transposed = transposed;
+    else if (attribute == CUBLASLT_MATMUL_DESC_TRANSB)
+        ((operation *)desc)->right_transposed = transposed;
+    else
         return CUBLAS_STATUS_NOT_SUPPORTED;
-    ((operation *)desc)->left_transposed = *(const cublasOperation_t *)value == CUBLAS_OP_T;
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -190,31 +208,35 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t given,
 
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *out) {
     MAY_FAIL();
-    *out = (cublasLtMatmulPreference_t) new int(0);
+    *out = (cublasLtMatmulPreference_t) new preference;
     fake_count(1);
     return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t given) {
-    delete (int *)given;
+    delete (preference *)given;
     fake_count(-1);
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t,
-                                                    cublasLtMatmulPreferenceAttributes_t,
-                                                    const void *, size_t) {
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t given,
+                                                    cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void *value, size_t) {
     MAY_FAIL();
+    const int operand = attribute - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
+    if (operand >= 0 && operand < 4)
+        ((preference *)given)->bytes[operand] = *(const uint32_t *)value;
     return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                              cublasLtMatmulPreference_t, int,
+                                              cublasLtMatmulPreference_t wanted, int,
                                               cublasLtMatmulHeuristicResult_t *result, int *found) {
     MAY_FAIL();
     memset(result, 0, sizeof *result);
+    memcpy(&result->algo, wanted, sizeof(preference));
     *found = 1;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -222,12 +244,14 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha,
                               const void *a, cublasLtMatrixLayout_t a_layout, const void *b,
                               cublasLtMatrixLayout_t b_layout, const void *beta, const void *c,
-                              cublasLtMatrixLayout_t, void *d, cublasLtMatrixLayout_t d_layout,
-                              const cublasLtMatmulAlgo_t *, void *workspace, size_t bytes,
+                              cublasLtMatrixLayout_t c_layout, void *d,
+                              cublasLtMatrixLayout_t d_layout,
+                              const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t bytes,
                               cudaStream_t stream) {
     MAY_FAIL();
     const operation o = *(operation *)desc;
-    const layout la = *(layout *)a_layout, lb = *(layout *)b_layout, ld = *(layout *)d_layout;
+    const layout la = *(layout *)a_layout, lb = *(layout *)b_layout;
+    const layout lc = *(layout *)c_layout, ld = *(layout *)d_layout;
     const bool wide = o.compute == CUBLAS_COMPUTE_64F;
     const double scale = wide ? *(const double *)alpha : (double)*(const float *)alpha;
     const double more = wide ? *(const double *)beta : (double)*(const float *)beta;
@@ -235,9 +259,15 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     if (la.type != lb.type || la.batch != ld.batch || lb.batch != ld.batch ||
         (ld.type != la.type && !(ld.type == CUDA_R_32F && size_of(la.type) == 2)))
         return CUBLAS_STATUS_NOT_SUPPORTED;
+    const void *const operands[] = {a, b, c, d};
+    preference counted_on;
+    memcpy(&counted_on, algorithm, sizeof counted_on);
+    for (int i = 0; i < 4; i++)
+        if ((uintptr_t)operands[i] % counted_on.bytes[i])
+            return CUBLAS_STATUS_INVALID_VALUE;
     const cudaError_t status = fake_enqueue(stream, [=] {
         memset(workspace, 0xff, bytes < 4096 ? bytes : 4096);
-        multiply(o, la, lb, ld, scale, more, a, b, c, d);
+        multiply(o, la, lb, lc, ld, scale, more, a, b, c, d);
     });
     return status == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

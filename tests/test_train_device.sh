@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# `muonshard train` on a device beside the host: the same text, model, batches and steps, so the same losses to the
+# rounding of fp32, whatever the number of ranks.
+#   test_train_device.sh MUONSHARD MPIEXEC    LD_LIBRARY_PATH leads to the device's libraries
+set -u
+muonshard=$1 mpiexec=$2
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+for i in $(seq 1 400); do echo "line $i of a text that says $((i * i % 97)) and $((i * 31 % 89))"; done >"$work/text.txt"
+
+run() { # BACKEND RANKS KEY=VALUE...
+    local backend=$1 ranks=$2
+    shift 2
+    "$mpiexec" --timeout 120 -n "$ranks" "$muonshard" train "$work/config.yaml" backend="$backend" train.log="$work/$backend.jsonl" "$@" \
+        >"$work/$backend.log" 2>&1 || { cat "$work/$backend.log"; exit 1; }
+}
+cat >"$work/config.yaml" <<'EOF'
+model: {layers: 2, width: 24, heads: 3, context: 17}
+train: {steps: 10, batch: 4, warmup: 2, eval_every: 5, eval_windows: 5}
+preset: moonlight
+ns_dtype: fp32
+clip_norm: 1.0
+lr: 0.01
+EOF
+echo "data: {files: [$work/text.txt]}" >>"$work/config.yaml"
+
+# loss FILE: train and validation losses, in order
+losses() { grep -oE '"(train|val)_loss": ?[0-9.]+' "$1" | grep -oE '[0-9.]+$'; }
+failures=0
+for case in "1" "2" "1 model.tied=true train.micro_batch=2" "2 cuda_graphs=false deterministic=true"; do
+    # shellcheck disable=SC2086 # words they are
+    run host $case
+    # shellcheck disable=SC2086
+    run cuda $case
+    count=$(losses "$work/host.jsonl" | wc -l)
+    if [ "$count" -ge 12 ] && paste <(losses "$work/host.jsonl") <(losses "$work/cuda.jsonl") |
+        awk '{ d = ($1 - $2) / $1; if (!(d < 2e-6 && d > -2e-6) || NF != 2) bad = 1; if (d < 0) d = -d; if (d > most) most = d }
+            END { printf "      losses differ by %.1e\n", most; exit bad }'; then
+        echo "ok    ranks and keys: $case"
+    else
+        failures=$((failures + 1))
+        echo "FAIL  ranks and keys: $case ($count losses)"
+        paste <(losses "$work/host.jsonl") <(losses "$work/cuda.jsonl")
+    fi
+done
+grep -q "backend: cuda" "$work/cuda.log" && echo "ok    the log names the backend" || echo "      (no log of the backend)"
+[ $failures -eq 0 ]
