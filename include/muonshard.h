@@ -324,7 +324,8 @@ typedef struct muonshard_tensor_desc {
 
 /* Registers a tensor; `id` (may be NULL) gets its number, counted from 0. Every rank registers the
  * same tensors in the same order. Local. ERR_STATE: after commit; ERR_ARGUMENT: name, role, shape,
- * splits, or a pointer that is NULL or overlaps another tensor's (tied weights are one tensor);
+ * splits, or a pointer that is NULL, overlaps another tensor's (tied weights are one tensor) or is
+ * memory of the host where the backend is cuda;
  * ERR_UNSUPPORTED: dtype; ERR_MEMORY. */
 MUONSHARD_API muonshard_status muonshard_add_tensor(muonshard_optimizer *optimizer,
                                                     const muonshard_tensor_desc *tensor, int *id);

@@ -328,6 +328,8 @@ int command_bench(int argc, char **argv) {
         status = command_configure(&cmd, has_model ? args.positional[1] : NULL, &args,
                                    has_model ? model_file_table : NULL,
                                    has_model ? model_file_table_count : 0, &model);
+    if (status == MUONSHARD_OK)
+        status = command_on_host(&cmd);
     char line[1024];
     join(line, sizeof line, argc, argv);
     if (status == MUONSHARD_OK) {

@@ -325,6 +325,15 @@ muonshard_status command_configure(command *cmd, const char *path, const command
     return command_told(cmd, status, "%s", muonshard_config_last_error(cmd->config));
 }
 
+muonshard_status command_on_host(command *cmd) {
+    char backend[16] = "";
+    muonshard_status status =
+        muonshard_config_get(cmd->config, "backend", backend, sizeof backend, NULL);
+    if (status == MUONSHARD_OK && strcmp(backend, "auto") == 0)
+        status = muonshard_config_set(cmd->config, "backend", "host");
+    return command_told(cmd, status, "%s", muonshard_config_last_error(cmd->config));
+}
+
 muonshard_status command_agree(command *cmd, muonshard_status status, const char *message) {
     status = muonshard_comm_agree(cmd->comm, status, message);
     return command_told(cmd, status, "%s", muonshard_comm_last_error(cmd->comm));

@@ -113,6 +113,8 @@ muonshard_status command_start(command *cmd, const command_usage *usage, command
  * command_finish. Collective. */
 muonshard_status command_configure(command *cmd, const char *path, const command_args *args,
                                    const muonshard_param *table, size_t count, void *values);
+/* For commands whose tensors are in the host's memory: `backend: auto` is host. Local. */
+muonshard_status command_on_host(command *cmd);
 /* A local outcome becomes everybody's: returns the lowest failing rank's status after rank 0 has
  * told its message. `message` may be NULL when the status is OK. Collective. */
 muonshard_status command_agree(command *cmd, muonshard_status status, const char *message);

@@ -446,6 +446,8 @@ int command_replay(int argc, char **argv) {
         status = command_configure(&r.cmd, r.args.positional[0], &r.args, replay_table,
                                    sizeof replay_table / sizeof replay_table[0], &r.settings);
     if (status == MUONSHARD_OK)
+        status = command_on_host(&r.cmd);
+    if (status == MUONSHARD_OK)
         status = replay_run(&r);
     replay_free(&r);
     return command_finish(&r.cmd, &r.args, status);

@@ -284,6 +284,8 @@ typedef struct stream_ops {
     /* Memory of the host that copy_async knows. Zeroed. */
     muonshard_status (*alloc_pinned)(backend *self, void **memory, size_t bytes);
     void (*free_pinned)(backend *self, void *memory);
+    /* Kernels may work on it. */
+    bool (*is_device)(backend *self, const void *memory);
     /* Memory of the host is pinned and stays as it is until the stream is past the copy. */
     muonshard_status (*copy_async)(backend *self, const copy_item *items, size_t count,
                                    backend_stream stream);
@@ -319,6 +321,7 @@ struct backend {
     const stream_ops *streams; /* NULL: every call runs to its end, in memory of the host */
     void *impl;
     int threads;          /* matrices that are worked on at a time, unless all of a batch are */
+    size_t bytes;         /* of memory that is its own */
     uint8_t device[16];   /* the device's unique name; zeros: none */
     char device_text[96]; /* for people; empty: none */
     error_text error;

@@ -93,6 +93,10 @@ static bool is_host(const void *memory) {
     return attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged;
 }
 
+static bool cuda_is_device(backend *self, const void *memory) {
+    return enter(self) == cudaSuccess && !is_host(memory);
+}
+
 static muonshard_status cuda_copy(backend *self, const copy_item *items, size_t count,
                                   backend_stream stream) {
     TRY(cuda_copy_async(self, items, count, stream));
@@ -371,6 +375,7 @@ static const backend_ops cuda_ops = {
 static const stream_ops cuda_streams = {
     .alloc_pinned = cuda_alloc_pinned,
     .free_pinned = cuda_free_pinned,
+    .is_device = cuda_is_device,
     .copy_async = cuda_copy_async,
     .write = cuda_write_bytes,
     .join_from = cuda_join_from,
@@ -447,6 +452,7 @@ static muonshard_status open_streams(backend *self, bool share) {
     void *scratch;
     TRY(cuda_alloc(self, &scratch, CUDA_SCRATCH_BYTES));
     impl->scratch = scratch;
+    self->bytes = CUDA_SCRATCH_BYTES;
     const cublasStatus_t code = cublasLtCreate(&impl->blas);
     FAIL_IF(code != CUBLAS_STATUS_SUCCESS, &self->error, MUONSHARD_ERR_UNAVAILABLE,
             "no CUDA backend: cuBLASLt: %s", cublasLtGetStatusString(code));

@@ -217,11 +217,25 @@ static muonshard_status check_entries(muonshard_optimizer *o, int id, int64_t fi
     return MUONSHARD_OK;
 }
 
+/* A kernel that reads the host's memory ends the program's device, with no word of whose it was. */
+static muonshard_status check_memory(muonshard_optimizer *o, const char *name, const char *what,
+                                     const void *memory) {
+    const stream_ops *streams = o->backend->streams;
+    FAIL_IF(
+        streams && memory && !streams->is_device(o->backend, memory), &o->error,
+        MUONSHARD_ERR_ARGUMENT,
+        "tensor '%s': its %s is memory of the host; the backend is %s, which wants the device's",
+        name ? name : "", what, o->backend->ops->name);
+    return MUONSHARD_OK;
+}
+
 muonshard_status muonshard_add_tensor(muonshard_optimizer *o, const muonshard_tensor_desc *desc,
                                       int *id) {
     TRY(check_alive(o, false));
     muonshard_tensor_desc own = MUONSHARD_TENSOR_DESC_INIT;
     TRY(take_struct(&o->error, &own, sizeof own, desc, "tensor"));
+    TRY(check_memory(o, own.name, "parameter", own.param));
+    TRY(check_memory(o, own.name, "gradient", own.grad));
     return registry_add(&o->registry, o->settings, &own, id, &o->error);
 }
 
@@ -236,6 +250,7 @@ muonshard_status muonshard_set_grad(muonshard_optimizer *o, int id, const void *
             FAIL_IF(o->ready[i], &o->error, MUONSHARD_ERR_STATE,
                     "tensor '%s': entry %zu of the gradient is marked ready already", t->name,
                     i - o->first_entry[id]);
+    TRY(check_memory(o, t->name, "gradient", grad));
     t->grad = grad;
     return MUONSHARD_OK;
 }

@@ -282,7 +282,7 @@ static void fill_stats(muonshard_optimizer *o) {
     s->bytes_packed = (int64_t)o->plan.bytes_packed;
     s->bytes_padded = (int64_t)o->plan.bytes_padded;
     s->bytes_state = (int64_t)o->state_bytes;
-    s->bytes_workspace = (int64_t)(o->workspace_bytes - o->state_bytes);
+    s->bytes_workspace = (int64_t)(o->workspace_bytes - o->state_bytes + o->backend->bytes);
     s->bytes_pinned = (int64_t)o->pinned_bytes;
 }
 
