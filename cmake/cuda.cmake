@@ -33,7 +33,7 @@ set(MUONSHARD_NVCC_FLAGS -std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibilit
   -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_89,code=sm_89
   -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_90,code=compute_90)
 
-if(MUONSHARD_CUDA_FOUND AND NOT MUONSHARD_CUDA STREQUAL "OFF")
+if(MUONSHARD_CUDA_FOUND AND NOT MUONSHARD_CUDA STREQUAL "OFF" AND NOT MUONSHARD_SANITIZE)
   file(GLOB headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/*.h ${PROJECT_SOURCE_DIR}/src/kernels/*.h
     ${PROJECT_SOURCE_DIR}/src/kernels/*.cuh)
   set(objects)

@@ -3,7 +3,7 @@
 set(GPT_CUDA_HOST ${PROJECT_SOURCE_DIR}/launch/gpt/gpt_cuda.c ${PROJECT_SOURCE_DIR}/launch/gpt/gpt_cuda_gemm.c)
 set(GPT_CUDA_KERNELS ${PROJECT_SOURCE_DIR}/launch/gpt/gpt_cuda_kernels.cu)
 
-if(MUONSHARD_CUDA_FOUND AND NOT MUONSHARD_CUDA STREQUAL "OFF")
+if(MUONSHARD_CUDA_FOUND AND NOT MUONSHARD_CUDA STREQUAL "OFF" AND NOT MUONSHARD_SANITIZE)
   file(GLOB headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/launch/gpt/*.h ${PROJECT_SOURCE_DIR}/launch/gpt/*.cuh)
   set(object ${PROJECT_BINARY_DIR}/gpt_cuda_kernels.cu.o)
   add_custom_command(OUTPUT ${object} COMMAND ${NVCC} ${MUONSHARD_NVCC_FLAGS} -c ${GPT_CUDA_KERNELS} -o ${object}

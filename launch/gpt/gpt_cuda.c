@@ -159,7 +159,7 @@ static void cuda_norm_backward(void *self, float *dx, float *gain_grad, const fl
     gpt_cuda *g = self;
     if (enter(g))
         CUDA(g, gpt_cuda_norm_backward(dx, gain_grad, dy, x, gain, mean, rstd, n, width,
-                                       (float *)g->parts, g->stream));
+                                       (float *)(void *)g->parts, g->stream));
 }
 
 /* Heads lie apart in scratch, so that all products of a kind are one batch. Forward: q, k, v, y.

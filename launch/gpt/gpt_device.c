@@ -17,6 +17,7 @@ gpt_layers *gpt_device_open(gpt_cuda_math math, int device, void *stream, char *
     *(void **)&find = dlsym(library, "muonshard_gpt_cuda");
     const gpt_device_entry *entry = find ? find() : NULL;
     if (entry && entry->abi == GPT_DEVICE_ABI)
+        /* cppcheck-suppress resourceLeak */
         return entry->open(math, device, stream, message, size);
     snprintf(message, size, "no GPT on CUDA: %s is of another version", GPT_CUDA_LIBRARY);
     dlclose(library);

@@ -13,8 +13,9 @@
  * unloaded. */
 muonshard_status plugin_open(const plugin_entry **out, error_text *error) {
     *out = NULL;
-    FAIL_IF(!dlopen(CUDA_DRIVER, RTLD_LAZY | RTLD_LOCAL), error, MUONSHARD_ERR_UNAVAILABLE,
-            "no CUDA backend: no NVIDIA driver (%s)", dlerror());
+    const void *driver = dlopen(CUDA_DRIVER, RTLD_LAZY | RTLD_LOCAL);
+    FAIL_IF(!driver, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: no NVIDIA driver (%s)",
+            dlerror());
     void *library = dlopen(CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
     FAIL_IF(!library, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s", dlerror());
     plugin_entry_fn entry;

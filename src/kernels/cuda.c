@@ -26,7 +26,7 @@ static cudaStream_t stream_of(const backend *self, backend_stream stream) {
 
 /* The calling thread may have had another device in mind. */
 static cudaError_t enter(const backend *self) {
-    return cudaSetDevice(cuda_of(self)->device);
+    return cudaSetDevice(cuda_of(self)->ordinal);
 }
 
 /* ---- memory ---- */
@@ -422,12 +422,13 @@ static muonshard_status choose_device(cuda_options options, int *device, error_t
 
 static muonshard_status describe_device(backend *self, error_text *error) {
     struct cudaDeviceProp p;
-    const cudaError_t code = cudaGetDeviceProperties(&p, cuda_of(self)->device);
+    const int device = cuda_of(self)->ordinal;
+    const cudaError_t code = cudaGetDeviceProperties(&p, device);
     FAIL_IF(code != cudaSuccess, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s",
             cudaGetErrorString(code));
     memcpy(self->device, p.uuid.bytes, sizeof self->device);
-    snprintf(self->device_text, sizeof self->device_text, "%.64s, sm_%d%d, device %d", p.name,
-             p.major, p.minor, cuda_of(self)->device);
+    snprintf(self->device_text, sizeof self->device_text, "device %d: %.64s, sm_%d%d", device,
+             p.name, p.major, p.minor);
     FAIL_IF(p.major < 8, error, MUONSHARD_ERR_UNAVAILABLE,
             "no CUDA backend: %s is too old; sm_80 and later are supported", self->device_text);
     return MUONSHARD_OK;
@@ -470,7 +471,7 @@ muonshard_status cuda_open(cuda_options options, backend **out, error_text *erro
         free(impl);
         return fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
     }
-    impl->device = device;
+    impl->ordinal = device;
     self->impl = impl;
     self->ops = &cuda_ops;
     self->streams = &cuda_streams;
