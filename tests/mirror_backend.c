@@ -187,13 +187,14 @@ static muonshard_status mirror_momentum(backend *self, const kernel_context *con
     return finish(self, status);
 }
 
+/* The device's own is taken for each call. */
 static size_t mirror_orthogonalize_workspace(backend *self, const ns_program *program, int64_t m,
                                              int64_t n, size_t count) {
-    backend *inner = mirror_of(self)->inner;
-    return inner->ops->orthogonalize_workspace(inner, program, m, n, count);
+    (void)self, (void)program, (void)m, (void)n, (void)count;
+    return 0;
 }
 
-/* Large, and only ever written: it goes over from its own poison, and stays there. */
+/* On memory that starts as NaN, as all of the fake's does. */
 static muonshard_status mirror_orthogonalize(backend *self, const step_record *record,
                                              const ns_program *program, int64_t rows, int64_t cols,
                                              const orthogonalize_item *items, size_t count,

@@ -332,7 +332,7 @@ void optimizer_release(muonshard_optimizer *o) {
     const bool in_use = workspace_in_use(o);
     for (size_t i = 0; i < sizeof memory / sizeof memory[0] && !in_use; i++)
         o->backend->ops->free(o->backend, memory[i]);
-    for (size_t i = 0; i < sizeof pinned / sizeof pinned[0] && !in_use; i++)
+    for (size_t i = 0; i < sizeof pinned / sizeof pinned[0] && !(in_use && runs_ahead(o)); i++)
         free_pinned(o, pinned[i]);
     o->memory = (workspace){0};
     free(o->stamps);

@@ -114,6 +114,7 @@ void open_window() {
     void *at = mmap(nullptr, WINDOW, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED)
         die("no address space");
+    madvise(at, WINDOW, MADV_NOHUGEPAGE); /* blocks are small, and given back often */
     window = (char *)at;
 }
 
