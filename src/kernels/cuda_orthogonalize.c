@@ -1,8 +1,8 @@
 /* cuda_orthogonalize.c - runs a Newton-Schulz program on all matrices of a batch at a time:
  * products through cuBLASLt, everything else through kernels of ours. Symmetric results are
  * computed whole. X X^T comes out symmetric as far as cuBLASLt adds up in one order; what only
- * commutes does not, and the Gram form, which multiplies such squares on and on, wants it to be: it
- * is mirrored. */
+ * commutes does not, and the Gram form, which multiplies such squares on and on, diverges by it:
+ * its squares are mirrored. */
 #include "kernels/cuda.h"
 #include "kernels/cuda_kernels.h"
 
@@ -39,6 +39,14 @@ static bool needs_gram(const ns_instruction *op) {
     return op->kind == NS_NORMALIZE &&
            (op->a != NS_NONE || op->norm == NS_NORM_AOL || op->norm == NS_NORM_SCHATTEN4 ||
             op->norm == NS_NORM_SPECTRAL);
+}
+
+/* Squares are multiplied with squares. */
+static bool is_gram(const ns_program *program) {
+    bool commuting = false;
+    for (int i = 0; i < program->count; i++)
+        commuting = commuting || program->code[i].kind == NS_COMMUTING_PRODUCT;
+    return commuting;
 }
 
 /* Where squares are kept in another dtype than X, they are rounded to X's before they meet it. */
@@ -202,7 +210,7 @@ static muonshard_status multiply(const buffers *s, const ns_instruction *op) {
     else
         TRY(operand(s, b, dtype, 1, &g.b));
     TRY(gemm_run(s->self, &g, s->gemm));
-    if (op->kind == NS_COMMUTING_PRODUCT)
+    if (op->kind != NS_PRODUCT && is_gram(s->program))
         TRY_CUDA(s->self, cuda_mirror(s->at[op->dst], s->count, s->m,
                                       ns_stored(s->program, op->dst), s->stream));
     return MUONSHARD_OK;
