@@ -30,6 +30,7 @@ typedef struct trainer {
     train_settings settings;
     corpus text;
     gpt_layers *device;             /* own, where the backend is a device's; else NULL */
+    const gpt_layers *layers;       /* of the model: the device\'s or the host\'s */
     gpt *model;                     /* own */
     muonshard_optimizer *optimizer; /* own */
     train_report *report;           /* own; rank 0 */
@@ -38,12 +39,13 @@ typedef struct trainer {
     /* of the model's tensors */
     muonshard_tensor_desc tensors[GPT_TENSOR_MAX];
     int rules_chosen[GPT_TENSOR_MAX];
-    int ids[GPT_TENSOR_MAX]; /* in the optimizer */
-    int sequences;           /* worked on at a time */
-    int micro_batches;       /* a step */
-    size_t window;           /* context + 1 bytes */
-    unsigned char *windows;  /* [sequences, window], own */
-    muonshard_status local;  /* of this rank, on its way to all */
+    int ids[GPT_TENSOR_MAX];          /* in the optimizer */
+    uint16_t *narrow[GPT_TENSOR_MAX]; /* own, the layers\' memory: parameters in bf16, or NULL */
+    int sequences;                    /* worked on at a time */
+    int micro_batches;                /* a step */
+    size_t window;                    /* context + 1 bytes */
+    unsigned char *windows;           /* [sequences, window], own */
+    muonshard_status local;           /* of this rank, on its way to all */
     char message[COMMAND_MESSAGE];
 } trainer;
 
@@ -68,6 +70,47 @@ static muonshard_status load_text(trainer *t) {
     return command_agree(&t->cmd, status, t->message);
 }
 
+/* To nearest even; parameters are finite. */
+static uint16_t bf16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* What the model computes with is what the optimizer has. */
+static void widen_params(trainer *t) {
+    size_t count;
+    const gpt_tensor *tensors = gpt_tensors(t->model, &count);
+    for (size_t i = 0; i < count && t->narrow[i]; i++)
+        t->layers->widen(t->layers->self, tensors[i].param, t->narrow[i], tensors[i].count);
+}
+
+/* The model's parameters, rounded to bf16; false: out of memory. */
+static bool narrow_params(trainer *t) {
+    size_t count;
+    const gpt_tensor *tensors = gpt_tensors(t->model, &count);
+    const gpt_layers *layers = t->layers;
+    for (size_t i = 0; i < count; i++) {
+        const size_t n = tensors[i].count;
+        float *wide = malloc(n * sizeof *wide);
+        uint16_t *rounded = malloc(n * sizeof *rounded);
+        t->narrow[i] = layers->alloc(layers->self, n * sizeof *rounded);
+        const bool good = wide && rounded && t->narrow[i];
+        if (good) {
+            layers->download(layers->self, wide, tensors[i].param, n * sizeof *wide);
+            for (size_t k = 0; k < n; k++)
+                rounded[k] = bf16_of(wide[k]);
+            layers->upload(layers->self, t->narrow[i], rounded, n * sizeof *rounded);
+        }
+        free(wide);
+        free(rounded);
+        if (!good)
+            return false;
+    }
+    widen_params(t);
+    return true;
+}
+
 /* In the memory the optimizer works in: of its device, which is the thread's current one. */
 static muonshard_status make_model(trainer *t, const gpt_shape *shape) {
     if (strcmp(muonshard_backend(t->optimizer), "host") != 0) {
@@ -76,11 +119,13 @@ static muonshard_status make_model(trainer *t, const gpt_shape *shape) {
         if (!t->device)
             return MUONSHARD_ERR_UNAVAILABLE;
     }
-    t->model = gpt_create(shape, t->sequences, t->device ? t->device : &gpt_host_layers);
+    t->layers = t->device ? t->device : &gpt_host_layers;
+    t->model = gpt_create(shape, t->sequences, t->layers);
     t->windows = malloc((size_t)t->sequences * t->window);
     if (t->model && t->windows) {
         gpt_init(t->model, (uint64_t)t->settings.seed);
-        return MUONSHARD_OK;
+        if (!t->settings.params || narrow_params(t))
+            return MUONSHARD_OK;
     }
     snprintf(t->message, sizeof t->message,
              "out of memory for the model and its activations; a smaller train.micro_batch needs "
@@ -110,8 +155,10 @@ static muonshard_status add_tensor(trainer *t, const gpt_tensor *from, size_t i)
     desc->row_splits = from->row_splits;
     desc->row_split_count = from->row_split_count;
     desc->priority_stride = -1; /* layer by layer, as the backward pass finishes them */
-    desc->param = from->param;
+    desc->param = t->narrow[i] ? (void *)t->narrow[i] : from->param;
+    desc->dtype = t->narrow[i] ? MUONSHARD_BF16 : MUONSHARD_FP32;
     desc->grad = from->grad;
+    desc->grad_dtype = MUONSHARD_FP32;
     desc->decay_multiplier = strstr(from->name, "norm") ? 0.0 : 1.0; /* gains do not decay */
     muonshard_status status = routing_apply(&t->rules, desc, &t->rules_chosen[i], t->message);
     if (status != MUONSHARD_OK)
@@ -136,7 +183,7 @@ static void print_rules(const trainer *t) {
     size_t count;
     gpt_tensors(t->model, &count);
     for (size_t i = 0; i < count; i++)
-        dtypes[i] = "fp32";
+        dtypes[i] = t->narrow[i] ? "bf16" : "fp32";
     routing_print(&t->rules, t->tensors, dtypes, t->rules_chosen, count, stderr);
     routing_warn_unused(&t->rules, train_usage.name, stderr);
 }
@@ -283,6 +330,7 @@ static muonshard_status one_step(trainer *t, int64_t step, train_step_report *ou
     if (status != MUONSHARD_OK)
         return command_told(&t->cmd, status, "step %" PRId64 ": %s", step,
                             muonshard_last_error(t->optimizer));
+    widen_params(t);
     out->grad_norm = result.grad_norm;
     out->skipped = result.skipped != 0;
     status = sum_over_ranks(t, &out->train_loss);
@@ -339,6 +387,8 @@ int command_train(int argc, char **argv) {
     muonshard_destroy(t.optimizer);
     step_values_close(&t.values);
     routing_free(&t.rules);
+    for (size_t i = 0; i < GPT_TENSOR_MAX && t.layers; i++)
+        t.layers->free(t.layers->self, t.narrow[i]);
     gpt_destroy(t.model);
     if (t.device)
         t.device->close(t.device->self);

@@ -13,6 +13,7 @@ typedef struct train_settings {
     int64_t layers, width, heads, context;
     int tied;
     int math;          /* gpt_cuda_math */
+    int params;        /* 0: fp32, 1: bf16 */
     const char *files; /* patterns, each followed by '\n' */
     double val_fraction;
     int64_t steps, batch, micro_batch, seed;

@@ -20,6 +20,8 @@ const muonshard_param train_table[] = {
     {"model.math", MUONSHARD_PARAM_CHOICE, AT(math), "fp32", 0, 0, "fp32|tf32|bf16",
      "What factors of the model's products are rounded to on a GPU; they are stored and summed in "
      "fp32."},
+    {"model.params", MUONSHARD_PARAM_CHOICE, AT(params), "fp32", 0, 0, "fp32|bf16",
+     "How the optimizer has the parameters; the model computes with them widened to fp32."},
     {"data.files", MUONSHARD_PARAM_LIST, AT(files), "", 0, 0, NULL,
      "Patterns (glob) of the text files, read in order of their names."},
     {"data.val_fraction", MUONSHARD_PARAM_REAL, AT(val_fraction), "0.05", 0, 0.9, NULL,

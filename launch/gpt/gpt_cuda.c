@@ -222,6 +222,12 @@ static void cuda_attention_backward(void *self, float *dqkv, const float *dy, co
     CUDA(g, gpt_cuda_merge_heads(dqkv, dq, 3, s, g->stream));
 }
 
+static void cuda_widen(void *self, float *dst, const uint16_t *src, size_t count) {
+    gpt_cuda *g = self;
+    if (enter(g))
+        CUDA(g, gpt_cuda_widen(dst, src, count, g->stream));
+}
+
 static void cuda_gelu_forward(void *self, float *y, const float *x, size_t count) {
     gpt_cuda *g = self;
     if (enter(g))
@@ -275,6 +281,7 @@ static const gpt_layers cuda_layers = {
     .zero = cuda_zero,
     .upload = cuda_upload,
     .download = cuda_download,
+    .widen = cuda_widen,
     .wait = cuda_wait,
     .error = cuda_error,
     .close = cuda_close,

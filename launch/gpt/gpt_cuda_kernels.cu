@@ -181,6 +181,13 @@ __device__ float gelu_gate(float x) {
     return 1.0f / (1.0f + expf(-2.0f * gelu_slope * (x + gelu_cubic * x * x * x)));
 }
 
+/* bf16 is the upper half of fp32. */
+__global__ void widen_kernel(uint32_t *dst, const uint16_t *src, size_t count) {
+    const size_t stride = (size_t)gridDim.x * THREADS;
+    for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += stride)
+        dst[i] = (uint32_t)src[i] << 16;
+}
+
 __global__ void gelu_forward_kernel(float *y, const float *x, size_t count) {
     const size_t stride = (size_t)gridDim.x * THREADS;
     for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += stride)
@@ -334,6 +341,11 @@ cudaError_t gpt_cuda_softmax_backward(float *d, const float *probs, const attent
     const size_t rows = positions(s) * (size_t)s->heads;
     return launch(softmax_backward_kernel, dim3(blocks_for(rows, GROUPS)), row_block, stream, d,
                   probs, rows, s->context);
+}
+
+cudaError_t gpt_cuda_widen(float *dst, const uint16_t *src, size_t count, cudaStream_t stream) {
+    return launch(widen_kernel, dim3(gelu_blocks(count)), dim3(THREADS), stream, (uint32_t *)dst,
+                  src, count);
 }
 
 cudaError_t gpt_cuda_gelu_forward(float *y, const float *x, size_t count, cudaStream_t stream) {

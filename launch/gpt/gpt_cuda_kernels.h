@@ -41,6 +41,7 @@ cudaError_t gpt_cuda_softmax_forward(float *scores, const attention_shape *s, cu
 cudaError_t gpt_cuda_softmax_backward(float *d, const float *probs, const attention_shape *s,
                                       cudaStream_t stream);
 
+cudaError_t gpt_cuda_widen(float *dst, const uint16_t *src, size_t count, cudaStream_t stream);
 cudaError_t gpt_cuda_gelu_forward(float *y, const float *x, size_t count, cudaStream_t stream);
 cudaError_t gpt_cuda_gelu_backward(float *dy, const float *x, size_t count, cudaStream_t stream);
 

@@ -6,7 +6,7 @@
 #include "gpt_layers.h"
 
 /* Raised by every change of gpt_layers.h or this file. */
-#define GPT_DEVICE_ABI 1
+#define GPT_DEVICE_ABI 2
 
 /* What the products of the linear maps and of attention are made of. Everything is stored in fp32
  * and summed in fp32. */

@@ -326,6 +326,16 @@ static const char *host_error(void *self) {
     return NULL;
 }
 
+static void host_widen(void *self, gpt_real *dst, const uint16_t *src, size_t count) {
+    (void)self;
+    for (size_t i = 0; i < count; i++) {
+        const uint32_t bits = (uint32_t)src[i] << 16;
+        float x;
+        memcpy(&x, &bits, sizeof x);
+        dst[i] = (gpt_real)x;
+    }
+}
+
 /* attention_backward's [context, context] */
 static size_t host_scratch_count(const attention_shape *s) {
     return (size_t)s->context * (size_t)s->context;
@@ -337,6 +347,7 @@ const gpt_layers gpt_host_layers = {
     .zero = host_zero,
     .upload = host_copy,
     .download = host_copy,
+    .widen = host_widen,
     .wait = host_nothing,
     .error = host_error,
     .close = host_nothing,

@@ -25,6 +25,8 @@ struct gpt_layers {
     /* From the host's memory, which is free for other use on return; and to it, which waits. */
     void (*upload)(void *self, void *dst, const void *host, size_t bytes);
     void (*download)(void *self, void *host, const void *src, size_t bytes);
+    /* dst [count] = src [count] bf16, both of the table's memory */
+    void (*widen)(void *self, gpt_real *dst, const uint16_t *src, size_t count);
     void (*wait)(void *self);         /* until all that was called for is done */
     const char *(*error)(void *self); /* the first failure, or NULL; borrowed */
     void (*close)(void *self);        /* ends the table; its memory has been freed before */
