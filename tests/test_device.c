@@ -3,11 +3,11 @@
  * are threads; tensors go over the fake NCCL. */
 #include <dlfcn.h>
 #include <math.h>
-#include <nccl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "muonshard_nccl.h"
 #include "optim/optimizer.h"
 #include "ranks_fixture.h"
 

@@ -46,5 +46,5 @@ for case in "1" "2" "1 model.tied=true train.micro_batch=2" "2 cuda_graphs=false
         paste <(losses "$work/host.jsonl") <(losses "$work/cuda.jsonl")
     fi
 done
-grep -q "backend: cuda" "$work/cuda.log" && echo "ok    the log names the backend" || echo "      (no log of the backend)"
+grep -q "backend: cuda" "$work/cuda.log" || { failures=$((failures + 1)); echo "FAIL  the log does not name the backend"; }
 [ $failures -eq 0 ]

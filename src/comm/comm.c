@@ -124,17 +124,6 @@ static muonshard_status check_request(muonshard_comm *comm, const comm_request *
 
 /* ---- memory of a device, for transports that don't know it ---- */
 
-/* What is sent of a part, in bytes. */
-static size_t sent_bytes(const muonshard_comm *comm, const comm_request *request, size_t bytes) {
-    switch (request->kind) {
-    case COMM_EXCHANGE:
-    case COMM_REDUCE_SCATTER: return (size_t)comm->size * bytes;
-    case COMM_ALL_GATHER: return bytes;
-    case COMM_BROADCAST: return comm->rank == request->root ? bytes : 0;
-    }
-    return 0;
-}
-
 static muonshard_status failed_backend(muonshard_comm *comm, const comm_request *request,
                                        muonshard_status status) {
     return status ? fail(&comm->error, status, "%s", request->backend->error.text) : MUONSHARD_OK;
@@ -144,10 +133,8 @@ static muonshard_status bring_down(muonshard_comm *comm, const comm_request *req
     backend *memory = request->backend;
     for (size_t i = 0; i < request->part_count; i++) {
         const comm_part *part = &request->parts[i], *host = &request->host_parts[i];
-        const bool in_place = request->kind == COMM_BROADCAST;
-        const copy_item item = {in_place ? host->recv : (void *)(uintptr_t)host->send,
-                                in_place ? part->recv : part->send,
-                                sent_bytes(comm, request, part->bytes)};
+        const size_t slots = request->kind == COMM_ALL_GATHER ? 1 : (size_t)comm->size;
+        const copy_item item = {(void *)(uintptr_t)host->send, part->send, slots * part->bytes};
         TRY(failed_backend(comm, request,
                            memory->streams->copy_async(memory, &item, 1, request->stream)));
     }
@@ -159,10 +146,9 @@ static muonshard_status bring_up(muonshard_comm *comm, const comm_request *reque
     backend *memory = request->backend;
     for (size_t i = 0; i < request->part_count; i++) {
         const comm_part *part = &request->parts[i], *host = &request->host_parts[i];
-        const bool one = request->kind == COMM_BROADCAST;
         const copy_item item = {comm_exchange_target(request, part),
                                 comm_exchange_target(request, host),
-                                one ? part->bytes : (size_t)comm->size * part->bytes};
+                                (size_t)comm->size * part->bytes};
         TRY(failed_backend(comm, request,
                            memory->streams->copy_async(memory, &item, 1, request->stream)));
     }
@@ -204,8 +190,9 @@ muonshard_status comm_start(muonshard_comm *comm, const comm_request *request,
         return comm->dead;
     TRY(check_request(comm, request));
     if (comm_is_staged(comm, request->backend)) {
-        FAIL_IF(request->part_count && !request->host_parts, &comm->error, MUONSHARD_ERR_INTERNAL,
-                "%s carries memory of the host only", comm->ops->name);
+        FAIL_IF((request->part_count && !request->host_parts) || request->kind == COMM_BROADCAST,
+                &comm->error, MUONSHARD_ERR_INTERNAL, "%s carries memory of the host only",
+                comm->ops->name);
         TRY(bring_down(comm, request));
         ticket->coming_down = true;
     } else {

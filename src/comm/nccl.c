@@ -62,11 +62,16 @@ static ncclResult_t state_of(nccl_transport *t) {
     return code != ncclSuccess ? code : state;
 }
 
+/* Within a group a call may say already that it is under way. */
+static bool is_taken(ncclResult_t code) {
+    return code == ncclSuccess || code == ncclInProgress;
+}
+
 /* Until NCCL has taken what it was given. The first time it connects the ranks, which waits for
  * them. */
 static muonshard_status poll_issue(muonshard_comm *comm, const char *what, ncclResult_t issued) {
     const double begin = now_s(), timeout_s = comm->options.timeout_s;
-    while (issued == ncclSuccess || issued == ncclInProgress) {
+    while (is_taken(issued)) {
         const double waited = now_s() - begin;
         issued = state_of(comm->impl);
         if (issued == ncclSuccess)
@@ -91,10 +96,10 @@ static ncclResult_t exchange(const muonshard_comm *comm, ncclComm_t nccl, const 
                              char *to, cudaStream_t stream) {
     const char *from = part->send;
     ncclResult_t code = ncclSuccess;
-    for (int r = 0; r < comm->size && code <= ncclSuccess; r++) {
+    for (int r = 0; r < comm->size && is_taken(code); r++) {
         const size_t at = (size_t)r * part->bytes;
         code = ncclSend(from + at, part->bytes, ncclInt8, r, nccl, stream);
-        if (code == ncclSuccess)
+        if (is_taken(code))
             code = ncclRecv(to + at, part->bytes, ncclInt8, r, nccl, stream);
     }
     return code;
@@ -106,7 +111,7 @@ static ncclResult_t reduce_scatter(const muonshard_comm *comm, ncclComm_t nccl,
     ncclResult_t code = ncclSuccess;
     if (!is_sparse(comm, part))
         return ncclReduceScatter(part->send, part->recv, count, ncclFloat32, ncclSum, nccl, stream);
-    for (int r = 0; r < comm->size && code == ncclSuccess; r++)
+    for (int r = 0; r < comm->size && is_taken(code); r++)
         if (part->filled[r])
             code = ncclReduce((const char *)part->send + (size_t)r * part->bytes, part->recv, count,
                               ncclFloat32, ncclSum, r, nccl, stream);
@@ -118,7 +123,7 @@ static ncclResult_t all_gather(const muonshard_comm *comm, ncclComm_t nccl, cons
     ncclResult_t code = ncclSuccess;
     if (!is_sparse(comm, part))
         return ncclAllGather(part->send, part->recv, part->bytes, ncclInt8, nccl, stream);
-    for (int r = 0; r < comm->size && code == ncclSuccess; r++)
+    for (int r = 0; r < comm->size && is_taken(code); r++)
         if (part->filled[r])
             code = ncclBroadcast(part->send, (char *)part->recv + (size_t)r * part->bytes,
                                  part->bytes, ncclInt8, r, nccl, stream);
@@ -150,10 +155,10 @@ static muonshard_status issue(muonshard_comm *comm, const comm_request *request,
     pthread_mutex_lock(&t->lock);
     ncclResult_t code = ncclGroupStart();
     if (code == ncclSuccess) {
-        for (size_t i = 0; i < request->part_count && code == ncclSuccess; i++)
+        for (size_t i = 0; i < request->part_count && is_taken(code); i++)
             code = issue_part(comm, t->comm, request, &parts[i], stream);
         const ncclResult_t ended = ncclGroupEnd();
-        code = code == ncclSuccess ? ended : code;
+        code = is_taken(code) ? ended : code;
     }
     pthread_mutex_unlock(&t->lock);
     return poll_issue(comm, "start", code);
@@ -229,7 +234,7 @@ static muonshard_status test_host(muonshard_comm *comm, comm_ticket *ticket, boo
     const comm_request *request = &ticket->request;
     if (ticket->impl) {
         const ncclResult_t state = state_of(t);
-        if (state != ncclSuccess && state != ncclInProgress)
+        if (!is_taken(state))
             return nccl_failed(comm, "test", state);
         const cudaError_t code = cudaEventQuery(t->event);
         if (code == cudaErrorNotReady)
@@ -267,7 +272,7 @@ static muonshard_status nccl_test(muonshard_comm *comm, comm_ticket *ticket, boo
 
 static muonshard_status nccl_check(muonshard_comm *comm) {
     const ncclResult_t state = state_of(comm->impl);
-    return state == ncclSuccess || state == ncclInProgress ? MUONSHARD_OK
+    return is_taken(state) ? MUONSHARD_OK
                                                            : nccl_failed(comm, "check", state);
 }
 
@@ -313,7 +318,7 @@ static bool abort_in_time(nccl_transport *t) {
 static bool finalize_in_time(nccl_transport *t) {
     const double begin = now_s();
     ncclResult_t state = ncclCommFinalize(t->comm);
-    while (state == ncclInProgress || state == ncclSuccess) {
+    while (is_taken(state)) {
         state = state_of(t);
         if (state == ncclSuccess)
             return ncclCommDestroy(t->comm) == ncclSuccess;
@@ -386,9 +391,8 @@ static muonshard_status agree_on_id(muonshard_comm *bootstrap, ncclUniqueId *id,
     return MUONSHARD_OK;
 }
 
-muonshard_status nccl_create(muonshard_comm *bootstrap, backend *cuda, nccl_options options,
+muonshard_status nccl_create(muonshard_comm *bootstrap, nccl_options options,
                              muonshard_comm **out, error_text *error) {
-    (void)cuda; /* its device is current */
     nccl_transport *t;
     ncclUniqueId id;
     memset(&id, 0, sizeof id);

@@ -3,14 +3,14 @@
 #include "comm/comm.h"
 #include "kernels/plugin.h"
 
-muonshard_status comm_open_nccl(muonshard_comm *bootstrap, backend *memory, bool deterministic,
+muonshard_status comm_open_nccl(muonshard_comm *bootstrap, bool deterministic,
                                 muonshard_comm **out, error_text *error) {
     const plugin_entry *plugin;
     const nccl_options options = {.deterministic = deterministic};
     muonshard_comm *made = NULL;
     muonshard_status status = plugin_open(&plugin, error);
     TRY(comm_agree(bootstrap, status, error));
-    status = plugin->nccl_create(bootstrap, memory, options, &made, error);
+    status = plugin->nccl_create(bootstrap, options, &made, error);
     status = comm_agree(bootstrap, status, error);
     if (status == MUONSHARD_OK)
         *out = made;

@@ -6,8 +6,8 @@
 #include "kernels/cuda.h"
 
 typedef struct gemm_key { /* compared as bytes: all of it is set, padding too */
-    int32_t operands, stored, b_transposed, accumulates;
-    int64_t rows, cols, depth, batch;
+    int32_t operands, stored;
+    int64_t b_transposed, rows, cols, depth, batch;
 } gemm_key;
 
 typedef struct gemm_choice {
@@ -162,7 +162,6 @@ muonshard_status gemm_run(backend *self, const gemm *g, void *workspace) {
     key.operands = (int32_t)g->operands;
     key.stored = (int32_t)g->stored;
     key.b_transposed = g->b_transposed;
-    key.accumulates = g->c != NULL;
     key.rows = g->rows;
     key.cols = g->cols;
     key.depth = g->depth;

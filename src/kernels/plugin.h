@@ -17,8 +17,9 @@ typedef struct plugin_entry {
     int abi; /* PLUGIN_ABI it was built with; what follows is read only if that is ours */
     muonshard_status (*open)(cuda_options options, backend **out, error_text *error);
     /* A communicator over the ranks of `bootstrap`, which carries what NCCL needs to begin with and
-     * stays borrowed. Collective; each rank's status is its own. */
-    muonshard_status (*nccl_create)(muonshard_comm *bootstrap, backend *cuda, nccl_options options,
+     * stays borrowed; on the thread's current device, which is the backend's once it is open.
+     * Collective; each rank's status is its own. */
+    muonshard_status (*nccl_create)(muonshard_comm *bootstrap, nccl_options options,
                                     muonshard_comm **out, error_text *error);
     /* Over the caller's ncclComm_t, which is borrowed; `function` is the address the caller has for
      * ncclCommCount: another one than ours is another NCCL. Host messages go over it too. */

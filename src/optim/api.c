@@ -98,10 +98,10 @@ static muonshard_status check_backends(const muonshard_optimizer *o, error_text 
 static muonshard_status check_devices(const muonshard_optimizer *o, error_text *error) {
     const size_t bytes = sizeof o->backend->device, ranks = (size_t)o->comm->size;
     uint8_t *all = calloc(ranks, bytes);
-    TRY(comm_agree(o->comm, all ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, error));
-    muonshard_status status = comm_allgather(o->comm, o->backend->device, all, bytes);
-    if (status)
-        fail(error, status, "%s", o->comm->error.text);
+    muonshard_status status =
+        comm_agree(o->comm, all ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, error);
+    if (status == MUONSHARD_OK)
+        status = comm_allgather(o->comm, o->backend->device, all, bytes);
     for (int r = 0; status == MUONSHARD_OK && !o->settings->share_gpu && r < o->comm->rank; r++)
         if (memcmp(all + (size_t)r * bytes, o->backend->device, bytes) == 0)
             status = fail(error, MUONSHARD_ERR_CONFIG,
@@ -127,7 +127,7 @@ static muonshard_status open_data(muonshard_optimizer *o, error_text *error) {
         if (o->comm->ops->on_stream && (choice == COMM_AUTO || strcmp(given, "nccl") == 0))
             return MUONSHARD_OK;
         const muonshard_status status =
-            comm_open_nccl(o->comm, o->backend, o->settings->deterministic != 0, &o->data, error);
+            comm_open_nccl(o->comm, o->settings->deterministic != 0, &o->data, error);
         if (status == MUONSHARD_OK || choice == COMM_NCCL || o->comm->dead)
             return status;
         why = error->text;

@@ -213,7 +213,9 @@ ncclResult_t add(ncclComm *c, cudaStream_t stream, action a) {
     group_comm = c;
     group_stream = stream;
     group.push_back(a);
-    return group_depth ? ncclSuccess : end_group();
+    if (!group_depth)
+        return end_group();
+    return group.size() % 3 ? ncclSuccess : ncclInProgress; /* NCCL may say either */
 }
 
 } // namespace
