@@ -272,8 +272,7 @@ static muonshard_status nccl_test(muonshard_comm *comm, comm_ticket *ticket, boo
 
 static muonshard_status nccl_check(muonshard_comm *comm) {
     const ncclResult_t state = state_of(comm->impl);
-    return is_taken(state) ? MUONSHARD_OK
-                                                           : nccl_failed(comm, "check", state);
+    return is_taken(state) ? MUONSHARD_OK : nccl_failed(comm, "check", state);
 }
 
 static void nccl_mark(muonshard_comm *comm, const comm_position *position) {
@@ -391,8 +390,8 @@ static muonshard_status agree_on_id(muonshard_comm *bootstrap, ncclUniqueId *id,
     return MUONSHARD_OK;
 }
 
-muonshard_status nccl_create(muonshard_comm *bootstrap, nccl_options options,
-                             muonshard_comm **out, error_text *error) {
+muonshard_status nccl_create(muonshard_comm *bootstrap, nccl_options options, muonshard_comm **out,
+                             error_text *error) {
     nccl_transport *t;
     ncclUniqueId id;
     memset(&id, 0, sizeof id);

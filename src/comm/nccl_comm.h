@@ -4,8 +4,8 @@
 
 #include "kernels/plugin.h"
 
-muonshard_status nccl_create(muonshard_comm *bootstrap, nccl_options options,
-                             muonshard_comm **out, error_text *error);
+muonshard_status nccl_create(muonshard_comm *bootstrap, nccl_options options, muonshard_comm **out,
+                             error_text *error);
 muonshard_status nccl_adopt(void *nccl_comm, void (*function)(void),
                             const muonshard_comm_options *options, muonshard_comm **out,
                             error_text *error);

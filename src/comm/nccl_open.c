@@ -3,8 +3,8 @@
 #include "comm/comm.h"
 #include "kernels/plugin.h"
 
-muonshard_status comm_open_nccl(muonshard_comm *bootstrap, bool deterministic,
-                                muonshard_comm **out, error_text *error) {
+muonshard_status comm_open_nccl(muonshard_comm *bootstrap, bool deterministic, muonshard_comm **out,
+                                error_text *error) {
     const plugin_entry *plugin;
     const nccl_options options = {.deterministic = deterministic};
     muonshard_comm *made = NULL;

@@ -98,8 +98,7 @@ static muonshard_status check_backends(const muonshard_optimizer *o, error_text 
 static muonshard_status check_devices(const muonshard_optimizer *o, error_text *error) {
     const size_t bytes = sizeof o->backend->device, ranks = (size_t)o->comm->size;
     uint8_t *all = calloc(ranks, bytes);
-    muonshard_status status =
-        comm_agree(o->comm, all ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, error);
+    muonshard_status status = comm_agree(o->comm, all ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, error);
     if (status == MUONSHARD_OK)
         status = comm_allgather(o->comm, o->backend->device, all, bytes);
     for (int r = 0; status == MUONSHARD_OK && !o->settings->share_gpu && r < o->comm->rank; r++)

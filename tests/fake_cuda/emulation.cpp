@@ -1,5 +1,5 @@
-/* emulation.cpp - runs the blocks of a grid one after the other, and the threads of a block by turns
- * from barrier to barrier. */
+/* emulation.cpp - runs the blocks of a grid one after the other, and the threads of a block by
+ * turns from barrier to barrier. */
 #include "cuda_emulation.h"
 
 #include <cstdio>
@@ -29,7 +29,9 @@ struct stack_top {
         *--top = (void *)entry;
         at = top - 6;
     }
-    void to(stack_top &other) { change_stacks(&at, other.at); }
+    void to(stack_top &other) {
+        change_stacks(&at, other.at);
+    }
 };
 #else
 #include <ucontext.h>
@@ -43,7 +45,9 @@ struct stack_top {
         context.uc_link = nullptr;
         makecontext(&context, entry, 0);
     }
-    void to(stack_top &other) { swapcontext(&context, &other.context); }
+    void to(stack_top &other) {
+        swapcontext(&context, &other.context);
+    }
 };
 #endif
 

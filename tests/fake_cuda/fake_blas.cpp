@@ -1,5 +1,5 @@
-/* fake_blas.cpp - the calls of cuBLASLt that the backend makes, on OpenBLAS: operands rounded as the
- * device would, sums in fp32 (fp64 for fp64), one rounding of the result. */
+/* fake_blas.cpp - the calls of cuBLASLt that the backend makes, on OpenBLAS: operands rounded as
+ * the device would, sums in fp32 (fp64 for fp64), one rounding of the result. */
 #include <cblas.h>
 #include <cublasLt.h>
 
@@ -83,9 +83,10 @@ void multiply_fp32(const operation &o, const layout &d, size_t depth, double alp
     const std::vector<float> left(a.begin(), a.end()), right(b.begin(), b.end());
     std::vector<float> sum(out.begin(), out.end());
     cblas_sgemm(CblasColMajor, o.left_transposed ? CblasTrans : CblasNoTrans,
-                o.right_transposed ? CblasTrans : CblasNoTrans, (int)d.rows, (int)d.cols, (int)depth,
-                (float)alpha, left.data(), (int)(o.left_transposed ? depth : d.rows), right.data(),
-                (int)(o.right_transposed ? d.cols : depth), 1.0f, sum.data(), (int)d.rows);
+                o.right_transposed ? CblasTrans : CblasNoTrans, (int)d.rows, (int)d.cols,
+                (int)depth, (float)alpha, left.data(), (int)(o.left_transposed ? depth : d.rows),
+                right.data(), (int)(o.right_transposed ? d.cols : depth), 1.0f, sum.data(),
+                (int)d.rows);
     out.assign(sum.begin(), sum.end());
 }
 

@@ -60,8 +60,8 @@ struct stream {
     size_t done = 0, given = 0; /* operations, in all */
     bool running = false;
     std::thread::id runner; /* while it runs */
-    size_t asked = 0;   /* what somebody wants to be done */
-    bool worked = false; /* a thread is at it */
+    size_t asked = 0;       /* what somebody wants to be done */
+    bool worked = false;    /* a thread is at it */
     bool issuing = false;   /* NCCL has not taken its operation yet */
     bool capturing = false;
     std::thread::id capturer;
@@ -412,7 +412,6 @@ static cudaError_t record(event *e, stream *s) {
     return enqueue(s, [e] { e->time = now(); });
 }
 
-
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t given, cudaStream_t on, unsigned flags) {
     MAY_FAIL(cudaErrorLaunchFailure);
     guard g(lock);
@@ -484,7 +483,8 @@ cudaError_t cudaMalloc(void **out, size_t bytes) {
         if (window_used + room > WINDOW)
             die("the window is used up");
         at = window + window_used + GUARD;
-        mprotect(window + window_used, room, touching || !protects() ? PROT_READ | PROT_WRITE : PROT_NONE);
+        mprotect(window + window_used, room,
+                 touching || !protects() ? PROT_READ | PROT_WRITE : PROT_NONE);
         window_used += room;
     }
     fake_touch_begin();
@@ -564,7 +564,8 @@ cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpy
                             cudaStream_t on) {
     MAY_FAIL(cudaErrorInvalidValue);
     guard g(lock);
-    const bool pageable = (!on_device(dst) && !is_pinned(dst)) || (!on_device(src) && !is_pinned(src));
+    const bool pageable =
+        (!on_device(dst) && !is_pinned(dst)) || (!on_device(src) && !is_pinned(src));
     const cudaError_t status = fake_enqueue(on, [=] { memmove(dst, src, bytes); });
     if (status == cudaSuccess && pageable) {
         if (of(on)->capturing)
@@ -698,7 +699,8 @@ const char *cudaGetErrorString(cudaError_t code) {
     switch (code) {
     case cudaSuccess: return "no error";
     case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureUnsupported:
+        return "operation not permitted when stream is capturing";
     case cudaErrorInvalidResourceHandle: return "invalid resource handle";
     default: return "a fake failure";
     }

@@ -1,6 +1,6 @@
-/* fake_nccl.cpp - the calls of NCCL that the communicator makes, between threads and processes of one
- * machine: a file in shared memory a communicator. Sums are made in rank order, but from the last
- * rank to the first where there are more than two, as NCCL's order is not ours either. */
+/* fake_nccl.cpp - the calls of NCCL that the communicator makes, between threads and processes of
+ * one machine: a file in shared memory a communicator. Sums are made in rank order, but from the
+ * last rank to the first where there are more than two, as NCCL's order is not ours either. */
 #include <nccl.h>
 
 #include <atomic>
@@ -116,10 +116,12 @@ bool exchange(ncclComm *c, const std::vector<action> &sends, const std::vector<a
     for (size_t layer = 0; layer * (size_t)c->size < sends.size(); layer++)
         for (int to = 0; to < c->size; to++) {
             const action &s = sends[layer * (size_t)c->size + (size_t)to];
-            const bool ok = share(c, s.send, s.bytes, [&](int r, size_t at, const char *data, size_t n) {
-                if (to == c->rank)
-                    memcpy((char *)recvs[layer * (size_t)c->size + (size_t)r].recv + at, data, n);
-            });
+            const bool ok =
+                share(c, s.send, s.bytes, [&](int r, size_t at, const char *data, size_t n) {
+                    if (to == c->rank)
+                        memcpy((char *)recvs[layer * (size_t)c->size + (size_t)r].recv + at, data,
+                               n);
+                });
             if (!ok)
                 return false;
         }
@@ -370,8 +372,8 @@ ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclDataT
                            ncclComm_t c, cudaStream_t stream) {
     return add(c, stream, {ALL_GATHER, send, recv, count * size_of(type), 0});
 }
-ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclDataType_t type, int root,
-                           ncclComm_t c, cudaStream_t stream) {
+ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclDataType_t type,
+                           int root, ncclComm_t c, cudaStream_t stream) {
     return add(c, stream, {BROADCAST, send, recv, count * size_of(type), root});
 }
 ncclResult_t ncclReduce(const void *send, void *recv, size_t count, ncclDataType_t type,
