@@ -168,6 +168,48 @@ static void test_graphs_change_no_bit(void **state) {
     }
 }
 
+/* The fake runs nothing before somebody waits for it: what a computation waits for without need is
+ * over when the computation begins. Counts the collectives that are still to come then. */
+static void look_at_overlap(rig *r, outcome *out) {
+    const muonshard_optimizer *o = r->optimizer;
+    backend *b = o->backend;
+    for (int s = 0; s < 4 && r->status == MUONSHARD_OK; s++) {
+        rig_gradients(r);
+        rig_step(r);
+    }
+    for (size_t i = 0; i + 1 < o->schedule.count && r->status == MUONSHARD_OK; i++) {
+        const op *collective = &o->schedule.ops[i], *next = collective + 1;
+        const bool gather = collective->kind == OP_ALL_GATHER && next->kind == OP_APPLY &&
+                            next->index < collective->index;
+        const bool reduction = collective->kind == OP_REDUCE_SCATTER && next->kind == OP_MEASURE;
+        double later = 0.0;
+        if (gather || reduction)
+            r->status = b->streams->stamp_seconds(
+                b, stamp_index(o, o->step, i + 1, STAMP_BEGIN),
+                stamp_index(o, o->step, i, STAMP_END), &later);
+        if ((gather || reduction) && !(later > 0.0))
+            r->status = MUONSHARD_ERR_INTERNAL;
+        out->number[r->comm->rank] += gather ? 1.0 : reduction ? 100.0 : 0.0;
+    }
+}
+
+static void test_only_what_is_needed_is_waited_for(void **state) {
+    (void)state;
+    static const char *const yamls[] = {
+        "{bucket_bytes: 1500, batch_bytes: 1500}",
+        "{bucket_bytes: 1500, batch_bytes: 1500, cuda_graphs: false}",
+        "{bucket_bytes: 1500, batch_bytes: 1500, deterministic: true}"};
+    for (size_t y = 0; y < sizeof yamls / sizeof yamls[0]; y++) {
+        const rig_case setup = few_case(yamls[y]);
+        outcome out = {.setup = {&setup}, .between = look_at_overlap};
+        assert_int_equal(threads_run(2, ranks_run, &out), MUONSHARD_OK);
+        for (int r = 0; r < 2; r++) {
+            assert_int_equal(out.status[r], MUONSHARD_OK);
+            assert_true(out.number[r] >= 102.0); /* two gathers, and the last reduce-scatter */
+        }
+    }
+}
+
 /* ---- the caller's stream ---- */
 
 /* Gradients are on their way on a stream of the caller's when the step is called, and parameters
@@ -523,6 +565,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_steps_run_ahead),
         cmocka_unit_test(test_graphs_change_no_bit),
+        cmocka_unit_test(test_only_what_is_needed_is_waited_for),
         cmocka_unit_test(test_the_callers_stream),
         cmocka_unit_test(test_an_adopted_communicator),
         cmocka_unit_test(test_an_error_of_one_rank_is_in_everybodys_result),

@@ -393,6 +393,13 @@ static muonshard_status (*const run_kind[OP_KIND_COUNT])(muonshard_optimizer *o,
     [OP_APPLY] = run_apply,
 };
 
+/* For this collective alone: others that come later are on its stream by now. */
+static muonshard_status wait_arrival(muonshard_optimizer *o, size_t index, backend_stream stream) {
+    const stream_ops *streams = o->backend->streams;
+    return from_backend(o, streams->wait_stamp(o->backend, stamp_index(o, o->step, index, STAMP_END),
+                                               streams->native(o->backend, stream)));
+}
+
 /* What an operation waits for of the other stream, and of the ranks. */
 static muonshard_status await(muonshard_optimizer *o, size_t index) {
     const op *operation = &o->schedule.ops[index];
@@ -405,12 +412,15 @@ static muonshard_status await(muonshard_optimizer *o, size_t index) {
         TRY(settle_stamp(o, index, STAMP_WAIT_FROM, operation->stream));
         TRY(wait_collective(o, before));
     }
-    TRY(from_backend(
-        o, o->backend->ops->fence(o->backend, o->schedule.ops[before].stream, operation->stream)));
+    TRY(collective && runs_ahead(o)
+            ? wait_arrival(o, before, operation->stream)
+            : from_backend(o, o->backend->ops->fence(o->backend, o->schedule.ops[before].stream,
+                                                     operation->stream)));
     return collective ? settle_stamp(o, index, STAMP_WAIT_TO, operation->stream) : MUONSHARD_OK;
 }
 
-static muonshard_status run_kind_of(muonshard_optimizer *o, size_t index, const char *label) {
+static muonshard_status run_kind_of(muonshard_optimizer *o, size_t index, const char *label,
+                                    bool stamp_end) {
     const op *operation = &o->schedule.ops[index];
     const stream_ops *streams = o->backend->streams;
     if (streams)
@@ -418,7 +428,7 @@ static muonshard_status run_kind_of(muonshard_optimizer *o, size_t index, const 
     muonshard_status status = settle_stamp(o, index, STAMP_BEGIN, operation->stream);
     if (status == MUONSHARD_OK)
         status = run_kind[operation->kind](o, operation);
-    if (status == MUONSHARD_OK && !op_is_collective(operation->kind))
+    if (status == MUONSHARD_OK && stamp_end)
         status = settle_stamp(o, index, STAMP_END, operation->stream);
     if (streams)
         streams->range_end(o->backend);
@@ -432,12 +442,14 @@ static muonshard_status run_op(muonshard_optimizer *o, size_t index) {
     if (o->schedule.ops[index].waits_on != OP_NONE)
         TRY(await(o, index));
     comm_mark(o->data, o->step, "%s", label);
-    return run_kind_of(o, index, label);
+    return run_kind_of(o, index, label, !op_is_collective(o->schedule.ops[index].kind));
 }
 
 /* ---- segments ---- */
 
-/* Operations [first, end) into a graph, with the stamps of step `step`. */
+/* Operations [first, end) into a graph, with the stamps of step `step` but for the last: who asks
+ * for it, or waits for it, has to meet this step's, which a graph that is not there yet doesn't
+ * promise. */
 static muonshard_status record_segment(muonshard_optimizer *o, size_t first, size_t end,
                                        int64_t step, segment_mode mode) {
     const size_t segment = (size_t)o->schedule.ops[first].segment * STEPS_IN_FLIGHT;
@@ -447,7 +459,7 @@ static muonshard_status record_segment(muonshard_optimizer *o, size_t first, siz
     for (size_t i = first; i < end && status == MUONSHARD_OK; i++) {
         char label[sizeof o->comm->position.phase];
         op_label(&o->schedule.ops[i], label, sizeof label);
-        status = run_kind_of(o, i, label);
+        status = run_kind_of(o, i, label, i + 1 < end);
     }
     o->step = now;
     TRY(status);
@@ -459,13 +471,22 @@ static muonshard_status record_segment(muonshard_optimizer *o, size_t first, siz
  * second, for each of the steps that can be in flight, and replayed from then on. */
 static muonshard_status run_segment(muonshard_optimizer *o, size_t first, size_t end) {
     const size_t segment = (size_t)o->schedule.ops[first].segment * STEPS_IN_FLIGHT;
+    const stream_ops *streams = o->backend->streams;
     if (o->schedule.ops[first].waits_on != OP_NONE)
         TRY(await(o, first));
-    if (o->step > 2)
-        return from_backend(o, o->backend->streams->replay_segment(
-                                   o->backend, segment + (size_t)(o->step % STEPS_IN_FLIGHT)));
-    TRY(record_segment(o, first, end, o->step, SEGMENT_RECORD));
-    return record_segment(o, first, end, o->step + 1, SEGMENT_RECORD_ALONE);
+    if (o->step > 2) {
+        char label[sizeof o->comm->position.phase];
+        op_label(&o->schedule.ops[first], label, sizeof label);
+        streams->range_begin(o->backend, label);
+        const muonshard_status status =
+            streams->replay_segment(o->backend, segment + (size_t)(o->step % STEPS_IN_FLIGHT));
+        streams->range_end(o->backend);
+        TRY(from_backend(o, status));
+    } else {
+        TRY(record_segment(o, first, end, o->step, SEGMENT_RECORD));
+        TRY(record_segment(o, first, end, o->step + 1, SEGMENT_RECORD_ALONE));
+    }
+    return settle_stamp(o, end - 1, STAMP_END, STREAM_COMPUTE);
 }
 
 /* Where the segment that operation `index` is in ends; `index` where it is in none. */

@@ -421,7 +421,15 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t given, cudaStream_t on, unsigne
         return cudaErrorStreamCaptureUnsupported;
     if (!s->capturing)
         return record(e, s);
-    s->captured.push_back([e](stream *to) { record(e, to); });
+    /* Until the graph gets there, who asks or waits meets the record before: nothing promises more.
+     */
+    s->captured.push_back([e](stream *to) {
+        enqueue(to, [e, to] {
+            e->on = to;
+            e->at = 0;
+            e->time = now();
+        });
+    });
     return cudaSuccess;
 }
 
