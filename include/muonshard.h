@@ -343,7 +343,7 @@ typedef enum muonshard_sync_params {
 /* Plans ownership and schedule, allocates all workspace, compares tensors, plan and schedule over
  * the ranks. Collective; a local error is everybody's. ERR_MISMATCH names the first tensor that
  * differs and where; ERR_MEMORY; ERR_UNSUPPORTED: a matrix too large for BLAS; ERR_IO: the trace.
- */
+ * On a GPU parameters are read when the stream of muonshard_options gets here. */
 MUONSHARD_API muonshard_status muonshard_commit(muonshard_optimizer *optimizer,
                                                 muonshard_sync_params sync_params);
 
@@ -477,8 +477,9 @@ MUONSHARD_API muonshard_status muonshard_stats(const muonshard_optimizer *optimi
                                                muonshard_stats_info *stats);
 /* The last error of an optimizer; valid until the next call. Local. */
 MUONSHARD_API const char *muonshard_last_error(const muonshard_optimizer *optimizer);
-/* Waits for nothing. A step that was begun or deferred is finished with muonshard_step_result(wait)
- * before, or its parameters stay as they are and other ranks wait. NULL is allowed. Local. */
+/* Waits for no rank; on a GPU, by the step's deadline, for what is under way. A step that was begun
+ * or deferred is finished with muonshard_step_result(wait) before, or its parameters stay as they
+ * are and other ranks wait. NULL is allowed. Local. */
 MUONSHARD_API void muonshard_destroy(muonshard_optimizer *optimizer);
 
 #ifdef __cplusplus

@@ -25,8 +25,8 @@ cores=$(taskset -cp $$ | sed 's/.*: //' | tr ',' '\n' | awk -F- '{ for (i = $1; 
 [ "$cores" -gt 0 ] || cores=$cpus
 whole=$cores
 if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
-    share=$(((quota + period - 1) / period))
-    [ "$share" -ge "$cores" ] || cores=$share
+    granted=$(((quota + period - 1) / period))
+    [ "$granted" -ge "$cores" ] || cores=$granted
 fi
 
 threads=${MUONSHARD_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}

@@ -147,7 +147,7 @@ static void run_case(muonshard_comm *outer, void *arg) {
     if (status == MUONSHARD_OK)
         status = s.cuda->streams->alloc_stamps(s.cuda, STAMPS);
     if (comm_agree(outer, status, &error) == MUONSHARD_OK)
-        status = comm_open_nccl(outer, true, &s.nccl, &error);
+        status = comm_open_nccl(outer, s.cuda->ordinal, true, &s.nccl, &error);
     if (status == MUONSHARD_OK)
         status = comm_create(&shim_ops, &s, rank, outer->size, NULL, &comm);
     if (status) {

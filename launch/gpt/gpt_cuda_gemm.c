@@ -89,8 +89,8 @@ static cublasStatus_t choose_algorithm(cublasLtHandle_t blas, gemm_choice *c) {
         status = cublasLtMatmulAlgoGetHeuristic(blas, c->operation, c->left, c->right, c->dest,
                                                 c->dest, preference, 1, &result, &found);
     cublasLtMatmulPreferenceDestroy(preference);
-    if (status == CUBLAS_STATUS_SUCCESS && !found)
-        status = CUBLAS_STATUS_NOT_SUPPORTED;
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = found ? result.state : CUBLAS_STATUS_NOT_SUPPORTED;
     if (status == CUBLAS_STATUS_SUCCESS)
         c->algorithm = result.algo;
     return status;

@@ -126,11 +126,11 @@ muonshard_status comm_wait(muonshard_comm *comm, comm_ticket *ticket, double tim
 /* start + wait with the communicator's own deadline. */
 muonshard_status comm_run(muonshard_comm *comm, const comm_request *request);
 
-/* NCCL between the ranks' current devices, which are the backends', beside `bootstrap`, which stays
+/* NCCL between the ranks' devices, this rank's by its number, beside `bootstrap`, which stays
  * borrowed; *out is left as it is on failure. Collective; one rank's failure is everybody's.
  * ERR_UNAVAILABLE. */
-muonshard_status comm_open_nccl(muonshard_comm *bootstrap, bool deterministic, muonshard_comm **out,
-                                error_text *error);
+muonshard_status comm_open_nccl(muonshard_comm *bootstrap, int device, bool deterministic,
+                                muonshard_comm **out, error_text *error);
 /* Errors of what is under way on a stream. */
 muonshard_status comm_check(muonshard_comm *comm);
 /* No completion by the deadline: the communicator is dead, ERR_TIMEOUT. */

@@ -237,8 +237,10 @@ static muonshard_status test_host(muonshard_comm *comm, comm_ticket *ticket, boo
         if (!is_taken(state))
             return nccl_failed(comm, "test", state);
         const cudaError_t code = cudaEventQuery(t->event);
-        if (code == cudaErrorNotReady)
+        if (code == cudaErrorNotReady) {
+            cudaGetLastError(); /* which the program's own checks would find */
             return MUONSHARD_OK;
+        }
         TRY_DEVICE(comm, code);
         const comm_part *part = request->parts;
         memcpy(comm_exchange_target(request, part),
@@ -338,7 +340,8 @@ static void nccl_destroy(muonshard_comm *comm) {
             cudaEventDestroy(t->event);
         if (t->stream)
             cudaStreamDestroy(t->stream);
-        free_staging(t);
+        if (!comm->dead) /* its kernels may never end, and this waits for them */
+            free_staging(t);
     }
     if (!ended)
         return;
@@ -401,11 +404,17 @@ muonshard_status nccl_create(muonshard_comm *bootstrap, nccl_options options, mu
         make(&t, bootstrap->rank, bootstrap->size, &bootstrap->options, &comm, error);
     TRY_GOTO(comm_agree(bootstrap, status, error), failed);
     comm->sums_fp32 = !options.deterministic;
+    comm->options.on_fatal = NULL;
     t->bootstrap = bootstrap;
     TRY_GOTO(agree_on_id(bootstrap, &id, error), failed);
     comm_mark(comm, 0, "create NCCL communicator");
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
+    const cudaError_t entered = cudaSetDevice(options.device);
+    if (entered != cudaSuccess) {
+        status = fail(error, MUONSHARD_ERR_COMM, "nccl: CUDA: %s", cudaGetErrorString(entered));
+        goto failed;
+    }
     const ncclResult_t code =
         ncclCommInitRankConfig(&t->comm, bootstrap->size, id, bootstrap->rank, &config);
     status = poll_issue(comm, "ncclCommInitRankConfig", code);
@@ -413,6 +422,7 @@ muonshard_status nccl_create(muonshard_comm *bootstrap, nccl_options options, mu
         fail(error, status, "%s", comm->error.text);
         goto failed;
     }
+    comm->options.on_fatal = bootstrap->options.on_fatal;
     *out = comm;
     return MUONSHARD_OK;
 failed:

@@ -3,10 +3,10 @@
 #include "comm/comm.h"
 #include "kernels/plugin.h"
 
-muonshard_status comm_open_nccl(muonshard_comm *bootstrap, bool deterministic, muonshard_comm **out,
-                                error_text *error) {
+muonshard_status comm_open_nccl(muonshard_comm *bootstrap, int device, bool deterministic,
+                                muonshard_comm **out, error_text *error) {
     const plugin_entry *plugin;
-    const nccl_options options = {.deterministic = deterministic};
+    const nccl_options options = {.deterministic = deterministic, .device = device};
     muonshard_comm *made = NULL;
     muonshard_status status = plugin_open(&plugin, error);
     TRY(comm_agree(bootstrap, status, error));

@@ -33,8 +33,8 @@ typedef struct step_record {
     float grad_factor; /* multiplies the summed gradient: clip factor, grad_scale and 1/N in one */
     float clip_factor;
     double grad_norm;
-    int64_t count; /* steps taken, this one included unless skipped: AdamW's t */
-    uint64_t rng;
+    int64_t count; /* steps taken, this one included unless skipped: AdamW's t, and what stochastic
+                      rounding is keyed by beside the seed */
 } step_record;
 
 typedef enum momentum_form {
@@ -276,6 +276,7 @@ typedef struct backend_ops {
 typedef enum segment_mode {
     SEGMENT_RECORD,       /* what is given to the compute stream is recorded, and runs at the end */
     SEGMENT_RECORD_ALONE, /* is recorded and doesn't run */
+    SEGMENT_DROP          /* an error came between: nothing is kept */
 } segment_mode;
 
 /* What a backend has beside when its streams run by themselves and its memory is not the host's.
@@ -284,7 +285,7 @@ typedef struct stream_ops {
     /* Memory of the host that copy_async knows. Zeroed. */
     muonshard_status (*alloc_pinned)(backend *self, void **memory, size_t bytes);
     void (*free_pinned)(backend *self, void *memory);
-    /* Kernels may work on it. */
+    /* Kernels may work on it: it is this device's, or managed. */
     bool (*is_device)(backend *self, const void *memory);
     /* Memory of the host is pinned and stays as it is until the stream is past the copy. */
     muonshard_status (*copy_async)(backend *self, const copy_item *items, size_t count,
@@ -322,6 +323,7 @@ struct backend {
     void *impl;
     int threads;          /* matrices that are worked on at a time, unless all of a batch are */
     size_t bytes;         /* of memory that is its own */
+    int ordinal;          /* the device's number in this process */
     uint8_t device[16];   /* the device's unique name; zeros: none */
     char device_text[96]; /* for people; empty: none */
     error_text error;

@@ -26,7 +26,7 @@ static cudaStream_t stream_of(const backend *self, backend_stream stream) {
 
 /* The calling thread may have had another device in mind. */
 static cudaError_t enter(const backend *self) {
-    return cudaSetDevice(cuda_of(self)->ordinal);
+    return cudaSetDevice(self->ordinal);
 }
 
 /* ---- memory ---- */
@@ -84,17 +84,26 @@ static muonshard_status cuda_copy_async(backend *self, const copy_item *items, s
     return MUONSHARD_OK;
 }
 
-static bool is_host(const void *memory) {
+static struct cudaPointerAttributes attributes_of(const void *memory) {
     struct cudaPointerAttributes attributes;
     if (cudaPointerGetAttributes(&attributes, memory) != cudaSuccess) {
         cudaGetLastError();
-        return true;
+        attributes = (struct cudaPointerAttributes){.type = cudaMemoryTypeUnregistered};
     }
-    return attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged;
+    return attributes;
+}
+
+static bool is_host(const void *memory) {
+    const enum cudaMemoryType type = attributes_of(memory).type;
+    return type != cudaMemoryTypeDevice && type != cudaMemoryTypeManaged;
 }
 
 static bool cuda_is_device(backend *self, const void *memory) {
-    return enter(self) == cudaSuccess && !is_host(memory);
+    if (enter(self) != cudaSuccess)
+        return false;
+    const struct cudaPointerAttributes a = attributes_of(memory);
+    return a.type == cudaMemoryTypeManaged ||
+           (a.type == cudaMemoryTypeDevice && a.device == self->ordinal);
 }
 
 static muonshard_status cuda_copy(backend *self, const copy_item *items, size_t count,
@@ -310,9 +319,15 @@ static muonshard_status cuda_end_segment(backend *self, size_t index, segment_mo
     cuda_impl *impl = cuda_of(self);
     cudaGraph_t graph = NULL;
     impl->capturing = false;
-    TRY_CUDA(self, cudaStreamEndCapture(stream_of(self, STREAM_COMPUTE), &graph));
-    const cudaError_t code = cudaGraphInstantiate(&impl->segments[index], graph, 0);
-    cudaGraphDestroy(graph);
+    cudaError_t code = cudaStreamEndCapture(stream_of(self, STREAM_COMPUTE), &graph);
+    if (code == cudaSuccess && mode != SEGMENT_DROP)
+        code = cudaGraphInstantiate(&impl->segments[index], graph, 0);
+    if (graph)
+        cudaGraphDestroy(graph);
+    if (mode == SEGMENT_DROP) {
+        cudaGetLastError(); /* what went wrong in it is known */
+        return MUONSHARD_OK;
+    }
     TRY_CUDA(self, code);
     return mode == SEGMENT_RECORD ? cuda_replay_segment(self, index) : MUONSHARD_OK;
 }
@@ -422,7 +437,7 @@ static muonshard_status choose_device(cuda_options options, int *device, error_t
 
 static muonshard_status describe_device(backend *self, error_text *error) {
     struct cudaDeviceProp p;
-    const int device = cuda_of(self)->ordinal;
+    const int device = self->ordinal;
     const cudaError_t code = cudaGetDeviceProperties(&p, device);
     FAIL_IF(code != cudaSuccess, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s",
             cudaGetErrorString(code));
@@ -471,7 +486,7 @@ muonshard_status cuda_open(cuda_options options, backend **out, error_text *erro
         free(impl);
         return fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
     }
-    impl->ordinal = device;
+    self->ordinal = device;
     self->impl = impl;
     self->ops = &cuda_ops;
     self->streams = &cuda_streams;

@@ -10,7 +10,6 @@
 typedef struct gemm_table gemm_table;
 
 typedef struct cuda_impl {
-    int ordinal;                        /* of the device */
     cudaStream_t streams[STREAM_COUNT]; /* own; one and the same where the device is shared */
     cudaEvent_t fences[STREAM_COUNT];   /* own; by the stream that is waited for */
     cudaEvent_t joined;                 /* own */

@@ -7,18 +7,19 @@
 #include "kernels/backend.h"
 
 /* Raised by every change of backend.h, program.h, comm.h or this file. */
-#define PLUGIN_ABI 4
+#define PLUGIN_ABI 5
 
 typedef struct nccl_options {
     bool deterministic; /* sums over ranks are made in rank order, by exchange */
+    int device;         /* its number in this process */
 } nccl_options;
 
 typedef struct plugin_entry {
     int abi; /* PLUGIN_ABI it was built with; what follows is read only if that is ours */
     muonshard_status (*open)(cuda_options options, backend **out, error_text *error);
     /* A communicator over the ranks of `bootstrap`, which carries what NCCL needs to begin with and
-     * stays borrowed; on the thread's current device, which is the backend's once it is open.
-     * Collective; each rank's status is its own. */
+     * stays borrowed. Collective; each rank's status is its own. A failure is not fatal: the caller
+     * may have another way. */
     muonshard_status (*nccl_create)(muonshard_comm *bootstrap, nccl_options options,
                                     muonshard_comm **out, error_text *error);
     /* Over the caller's ncclComm_t, which is borrowed; `function` is the address the caller has for

@@ -125,8 +125,8 @@ static muonshard_status open_data(muonshard_optimizer *o, error_text *error) {
                 "comm: nccl moves memory of GPUs; the backend is %s", o->backend->ops->name);
         if (o->comm->ops->on_stream && (choice == COMM_AUTO || strcmp(given, "nccl") == 0))
             return MUONSHARD_OK;
-        const muonshard_status status =
-            comm_open_nccl(o->comm, o->settings->deterministic != 0, &o->data, error);
+        const muonshard_status status = comm_open_nccl(
+            o->comm, o->backend->ordinal, o->settings->deterministic != 0, &o->data, error);
         if (status == MUONSHARD_OK || choice == COMM_NCCL || o->comm->dead)
             return status;
         why = error->text;
@@ -174,6 +174,8 @@ void muonshard_destroy(muonshard_optimizer *o) {
     if (!o)
         return;
     /* Kernels of a dead communicator may never end, and freeing memory would wait for them. */
+    if (o->committed && !o->dead)
+        settle_idle(o);
     const bool stuck = o->data && o->data->dead && o->data->ops->on_stream &&
                        o->data->ops->writes_after_death && o->backend && o->backend->streams;
     if (o->backend && !stuck) {
@@ -390,8 +392,7 @@ muonshard_status muonshard_step(muonshard_optimizer *o, const muonshard_step_arg
     const bool waits = a.defer && !(runs_ahead(o) && o->data->ops->on_stream);
     TRY(step_run_until(o, waits ? deferred_end(o) : o->schedule.count));
     if (runs_ahead(o)) {
-        if (!a.defer)
-            TRY(step_give_back(o, stream));
+        TRY(a.defer ? step_give_back_gradients(o, stream) : step_give_back(o, stream));
         return local;
     }
     /* A failed step is not deferred: all ranks know of it, and all return it from this call. */

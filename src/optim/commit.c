@@ -246,7 +246,8 @@ static muonshard_status prepare(muonshard_optimizer *o) {
     TRY(work_plan(o));
     TRY(reserve_workspace(o));
     TRY(work_make(o));
-    return upload_tables(o);
+    TRY(upload_tables(o));
+    return step_join(o, o->stream); /* parameters are read from here on */
 }
 
 /* ---- fp32 copies of 16-bit parameters ---- */
@@ -268,7 +269,7 @@ static muonshard_status fill_masters(muonshard_optimizer *o) {
     const muonshard_status status =
         o->backend->ops->convert(o->backend, NULL, o->converts, filled, STREAM_COMPUTE);
     FAIL_IF(status, &o->error, status, "%s", o->backend->error.text);
-    return MUONSHARD_OK;
+    return step_give_back(o, o->stream);
 }
 
 static void fill_stats(muonshard_optimizer *o) {

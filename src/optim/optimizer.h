@@ -197,6 +197,9 @@ muonshard_status settle_stamp(muonshard_optimizer *o, size_t index, op_stamp whi
 void settle_record(muonshard_optimizer *o, int64_t step);
 /* Waits until step number `step` is over, and all before it. */
 muonshard_status settle_until(muonshard_optimizer *o, int64_t step);
+/* Nothing of the handle's is under way on the device any more; or, by the deadline, its
+ * communicator is dead. */
+void settle_idle(muonshard_optimizer *o);
 /* Without waiting: as far as steps are over. */
 muonshard_status settle_what_is_over(muonshard_optimizer *o);
 
@@ -206,9 +209,10 @@ muonshard_status step_begin(muonshard_optimizer *o);
 muonshard_status step_start_ready(muonshard_optimizer *o);
 /* What the caller's stream has been given comes before the step's operations. */
 muonshard_status step_join(muonshard_optimizer *o, void *stream);
-/* What the caller's stream is given next comes after what was issued; or after operation `index` of
- * step `step` (NULL: the handle's stream). */
+/* What the caller's stream is given next comes after what was issued; or after what reads the
+ * step's gradients; or after operation `index` of step `step` (NULL: the handle's stream). */
 muonshard_status step_give_back(muonshard_optimizer *o, void *stream);
+muonshard_status step_give_back_gradients(muonshard_optimizer *o, void *stream);
 muonshard_status step_give_back_op(muonshard_optimizer *o, size_t index, int64_t step,
                                    void *stream);
 /* Runs operations [next, end); finishes the step when that was the last. */

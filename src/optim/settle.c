@@ -145,6 +145,27 @@ muonshard_status settle_until(muonshard_optimizer *o, int64_t step) {
     return MUONSHARD_OK;
 }
 
+void settle_idle(muonshard_optimizer *o) {
+    if (!runs_ahead(o) || !o->step)
+        return;
+    /* The one stamp that is no operation's. */
+    const size_t idle = o->schedule.count * STEPS_IN_FLIGHT * STAMP_COUNT;
+    const double begin = now_s();
+    const double deadline = o->step == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
+    for (int stream = STREAM_COUNT - 1; stream >= 0; stream--) {
+        bool passed = false;
+        muonshard_status status =
+            o->backend->streams->stamp(o->backend, idle, (backend_stream)stream);
+        while (!passed && status == MUONSHARD_OK && !o->data->dead) {
+            status = o->backend->streams->stamp_passed(o->backend, idle, &passed);
+            if (!passed && now_s() - begin > deadline)
+                comm_time_out(o->data, deadline);
+            if (!passed)
+                comm_back_off(now_s() - begin);
+        }
+    }
+}
+
 muonshard_status settle_what_is_over(muonshard_optimizer *o) {
     const int64_t last = o->open ? o->step - 1 : o->step;
     while (o->settled < last) {

@@ -396,8 +396,9 @@ static muonshard_status (*const run_kind[OP_KIND_COUNT])(muonshard_optimizer *o,
 /* For this collective alone: others that come later are on its stream by now. */
 static muonshard_status wait_arrival(muonshard_optimizer *o, size_t index, backend_stream stream) {
     const stream_ops *streams = o->backend->streams;
-    return from_backend(o, streams->wait_stamp(o->backend, stamp_index(o, o->step, index, STAMP_END),
-                                               streams->native(o->backend, stream)));
+    return from_backend(o,
+                        streams->wait_stamp(o->backend, stamp_index(o, o->step, index, STAMP_END),
+                                            streams->native(o->backend, stream)));
 }
 
 /* What an operation waits for of the other stream, and of the ranks. */
@@ -454,17 +455,18 @@ static muonshard_status record_segment(muonshard_optimizer *o, size_t first, siz
                                        int64_t step, segment_mode mode) {
     const size_t segment = (size_t)o->schedule.ops[first].segment * STEPS_IN_FLIGHT;
     const int64_t now = o->step;
+    TRY(from_backend(o, o->backend->streams->begin_segment(o->backend)));
+    muonshard_status status = MUONSHARD_OK;
     o->step = step;
-    muonshard_status status = from_backend(o, o->backend->streams->begin_segment(o->backend));
     for (size_t i = first; i < end && status == MUONSHARD_OK; i++) {
         char label[sizeof o->comm->position.phase];
         op_label(&o->schedule.ops[i], label, sizeof label);
         status = run_kind_of(o, i, label, i + 1 < end);
     }
     o->step = now;
-    TRY(status);
-    return from_backend(o, o->backend->streams->end_segment(
-                               o->backend, segment + (size_t)(step % STEPS_IN_FLIGHT), mode));
+    const muonshard_status ended = o->backend->streams->end_segment(
+        o->backend, segment + (size_t)(step % STEPS_IN_FLIGHT), status ? SEGMENT_DROP : mode);
+    return status ? status : from_backend(o, ended);
 }
 
 /* As it is in the first step, when kernels are loaded and algorithms chosen; recorded in the
@@ -512,6 +514,13 @@ muonshard_status step_give_back(muonshard_optimizer *o, void *stream) {
     return runs_ahead(o)
                ? from_backend(o, o->backend->streams->join_to(o->backend, stream, STREAM_COMPUTE))
                : MUONSHARD_OK;
+}
+
+muonshard_status step_give_back_gradients(muonshard_optimizer *o, void *stream) {
+    size_t resolve = 0; /* once it is there all gradients have been read */
+    while (o->schedule.ops[resolve].kind != OP_RESOLVE)
+        resolve++;
+    return step_give_back_op(o, resolve, o->step, stream);
 }
 
 muonshard_status step_give_back_op(muonshard_optimizer *o, size_t index, int64_t step,

@@ -97,6 +97,7 @@ char *window;
 size_t window_used, bytes_used;
 struct block {
     size_t bytes;
+    int device;
 };
 std::map<char *, block> blocks;
 std::map<size_t, std::vector<char *>> free_blocks; /* by the room they take */
@@ -500,7 +501,7 @@ cudaError_t cudaMalloc(void **out, size_t bytes) {
     memset(at + bytes, 0xa5, GUARD);
     memset(at, 0xff, bytes < ((size_t)1 << 20) ? bytes : (size_t)1 << 16); /* NaN in any dtype */
     fake_touch_end();
-    blocks[at] = {bytes};
+    blocks[at] = {bytes, current_device};
     bytes_used += bytes;
     fake_count(1);
     *out = at;
@@ -590,6 +591,9 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *out, const void *mem
     out->type = on_device(memory)   ? cudaMemoryTypeDevice
                 : is_pinned(memory) ? cudaMemoryTypeHost
                                     : cudaMemoryTypeUnregistered;
+    auto block = blocks.upper_bound((char *)memory);
+    if (on_device(memory) && block != blocks.begin())
+        out->device = (--block)->second.device;
     return cudaSuccess;
 }
 

@@ -23,7 +23,8 @@ mpi_libs=$(mpicc --showme:link 2>/dev/null || echo -lmpi)
 blas=$(pkg-config --libs --cflags openblas 2>/dev/null || echo -lopenblas)
 flags="-std=c17 -O2 -g -fPIC -D_POSIX_C_SOURCE=200809L -ffp-contract=off -fno-math-errno -Iinclude -Isrc -Ilaunch -Ilaunch/gpt
     -Itests -isystem $cuda/include $mpi_flags $blas"
-archs="-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80"
+archs="-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80
+    -gencode=arch=compute_90,code=compute_90"
 
 # part NAME COMMAND...: its output to a log, its outcome to the summary
 part() {
