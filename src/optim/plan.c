@@ -10,6 +10,9 @@
 /* Arrays in an arena begin on a line of the cache. */
 #define ALIGNMENT 64
 
+/* Matrices a rank in a batch: a GPU's grid has no more rows. */
+#define MOST_WAVES 65535
+
 /* What plan_make works with until waves have their place. */
 typedef struct builder {
     plan *p;
@@ -19,6 +22,7 @@ typedef struct builder {
     size_t loose_count;
     double *cost; /* own, [view_count]: operations of its Newton-Schulz */
     int *held;    /* own, [world_size]: loose views of the shape under way that a rank has */
+    size_t slot_capacity; /* of plan.slots */
 } builder;
 
 static size_t aligned(size_t bytes) {
@@ -33,8 +37,18 @@ static muonshard_dtype view_wire(const builder *b, const view *v) {
     return b->r->tensors[v->tensor].grad_dtype;
 }
 
+/* NULL: out of memory. */
 static wave *new_wave(builder *b, const view *v) {
     plan *p = b->p;
+    const size_t ranks = (size_t)p->world_size;
+    if (p->slot_count + ranks > b->slot_capacity) {
+        const size_t capacity = 2 * b->slot_capacity + ranks;
+        size_t *slots = realloc(p->slots, capacity * sizeof *slots);
+        if (!slots)
+            return NULL;
+        p->slots = slots;
+        b->slot_capacity = capacity;
+    }
     wave *w = &p->waves[p->wave_count++];
     *w = (wave){.kind = PLAN_MATRICES,
                 .rows = v->rows,
@@ -46,7 +60,7 @@ static wave *new_wave(builder *b, const view *v) {
                 .first_view = SIZE_MAX,
                 .first_tensor = v->tensor,
                 .priority = INT64_MIN};
-    for (int rank = 0; rank < p->world_size; rank++)
+    for (size_t rank = 0; rank < ranks; rank++)
         p->slots[p->slot_count++] = PLAN_EMPTY_SLOT;
     return w;
 }
@@ -70,7 +84,7 @@ static void place(builder *b, wave *w, int rank, size_t view_index) {
 }
 
 /* Whole waves out of runs of equal consecutive views; what is left over is loose. */
-static void make_whole_waves(builder *b, const tensor *t) {
+static muonshard_status make_whole_waves(builder *b, const tensor *t, error_text *error) {
     const size_t n = (size_t)b->p->world_size, end = t->first_view + t->view_count;
     size_t i = t->first_view;
     while (i < end) {
@@ -79,6 +93,7 @@ static void make_whole_waves(builder *b, const tensor *t) {
             run++;
         if (run == n) {
             wave *w = new_wave(b, &b->r->views[i]);
+            FAIL_IF(!w, error, MUONSHARD_ERR_MEMORY, "out of memory");
             for (size_t k = 0; k < n; k++)
                 place(b, w, (int)k, i + k);
         } else {
@@ -87,6 +102,7 @@ static void make_whole_waves(builder *b, const tensor *t) {
         }
         i += run;
     }
+    return MUONSHARD_OK;
 }
 
 static int64_t short_side(int64_t rows, int64_t cols) {
@@ -104,7 +120,7 @@ static bool same_oriented_shape(int64_t rows_a, int64_t cols_a, int64_t rows_b, 
 
 /* Loose views that can share a wave, in registration order: the first of every rank, the second of
  * every rank, and so on. */
-static void make_packed_waves(builder *b) {
+static muonshard_status make_packed_waves(builder *b, error_text *error) {
     for (size_t i = 0; i < b->loose_count; i++) {
         if (b->loose[i] == PLAN_EMPTY_SLOT)
             continue;
@@ -116,12 +132,16 @@ static void make_packed_waves(builder *b) {
                 continue;
             const int owner = b->p->view_owner[v];
             const size_t w = first_wave + (size_t)b->held[owner]++;
-            if (w == b->p->wave_count)
-                new_wave(b, &b->r->views[v])->packed = true;
+            if (w == b->p->wave_count) {
+                wave *packed = new_wave(b, &b->r->views[v]);
+                FAIL_IF(!packed, error, MUONSHARD_ERR_MEMORY, "out of memory");
+                packed->packed = true;
+            }
             place(b, &b->p->waves[w], owner, v);
             b->loose[k] = PLAN_EMPTY_SLOT;
         }
     }
+    return MUONSHARD_OK;
 }
 
 static void make_flat_wave(builder *b) {
@@ -201,7 +221,8 @@ static muonshard_status make_batches(builder *b, error_text *error) {
             if (!w->slot || (k != i && !one_batch(first, w)))
                 continue;
             const size_t slot_bytes = w->slot * sizeof(float);
-            if (!current || bytes + slot_bytes > (size_t)b->s->batch_bytes) {
+            if (!current || bytes + slot_bytes > (size_t)b->s->batch_bytes ||
+                current->count == MOST_WAVES) {
                 current = &p->batches[p->batch_count++];
                 *current = (batch){.kind = w->kind,
                                    .m = short_side(w->rows, w->cols),
@@ -400,8 +421,8 @@ static muonshard_status allocate(builder *b, error_text *error) {
     p->view_wave = calloc(views + 1, sizeof *p->view_wave);
     p->view_owner = calloc(views + 1, sizeof *p->view_owner);
     p->flat_offset = calloc(b->r->tensor_count + 1, sizeof *p->flat_offset);
-    /* A wave is whole, or its shape's last: never more slots than this. */
-    p->slots = calloc(views * (size_t)p->world_size + 1, sizeof *p->slots);
+    b->slot_capacity = views + (size_t)p->world_size;
+    p->slots = malloc(b->slot_capacity * sizeof *p->slots);
     b->loose = calloc(views + 1, sizeof *b->loose);
     b->cost = calloc(views + 1, sizeof *b->cost);
     b->held = calloc((size_t)p->world_size, sizeof *b->held);
@@ -420,11 +441,11 @@ muonshard_status plan_make(plan *p, const registry *r, const settings *s, int wo
     TRY_GOTO(ownership_price(r, s, b.cost, NULL, error), done);
     for (size_t i = 0; i < r->tensor_count; i++)
         if (r->tensors[i].role == MUONSHARD_ROLE_MATRIX)
-            make_whole_waves(&b, &r->tensors[i]);
+            TRY_GOTO(make_whole_waves(&b, &r->tensors[i], error), done);
     TRY_GOTO(
         ownership_assign(r, s, world_size, b.cost, b.loose, b.loose_count, p->view_owner, error),
         done);
-    make_packed_waves(&b);
+    TRY_GOTO(make_packed_waves(&b, error), done);
     make_flat_wave(&b);
     TRY_GOTO(make_batches(&b, error), done);
     TRY_GOTO(make_reduce_order(p, error), done);
