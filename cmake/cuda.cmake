@@ -2,7 +2,7 @@
 # it needs make it stand alone.
 set(MUONSHARD_CUDA_HOST
   src/kernels/cuda.c src/kernels/cuda_gemm.c src/kernels/cuda_orthogonalize.c src/kernels/cuda_plugin.c src/comm/nccl.c
-  src/comm/comm.c src/status.c src/dtype.c src/kernels/program.c)
+  src/comm/comm.c src/status.c src/dtype.c src/kernels/program.c src/kernels/cuda_layout.c)
 set(MUONSHARD_CUDA_KERNELS src/kernels/cuda_elementwise.cu src/kernels/cuda_sums.cu src/kernels/cuda_normalize.cu)
 list(TRANSFORM MUONSHARD_CUDA_HOST PREPEND ${PROJECT_SOURCE_DIR}/)
 list(TRANSFORM MUONSHARD_CUDA_KERNELS PREPEND ${PROJECT_SOURCE_DIR}/)

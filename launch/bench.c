@@ -335,6 +335,7 @@ int command_bench(int argc, char **argv) {
     if (status == MUONSHARD_OK) {
         b.settings = config_settings(cmd.config);
         b.model = &model;
+        b.model_path = has_model ? args.positional[1] : NULL;
         status = command_agree(&cmd, open_host(&b), b.message);
     }
     if (status == MUONSHARD_OK)

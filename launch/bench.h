@@ -32,6 +32,7 @@ typedef struct bench {
     const settings *settings;
     backend *host;     /* own */
     model_file *model; /* step */
+    const char *model_path;
     const char *kind;
     int iterations, warmup;
     bool check;

@@ -308,7 +308,7 @@ static muonshard_status measure(step_case *c, bool linked) {
 static muonshard_status prepare(step_case *c) {
     bench *b = c->b;
     char message[COMMAND_MESSAGE] = "";
-    const muonshard_status status = model_file_parse(b->model, message);
+    const muonshard_status status = model_file_parse(b->model, b->model_path, message);
     if (status)
         return message_fail(b->message, status, "%s", message);
     c->params = calloc(b->model->tensor_count + 1, sizeof *c->params);

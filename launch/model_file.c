@@ -3,14 +3,21 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "config.h"
 #include "message.h"
 
 const muonshard_param model_file_table[] = {
     {"model", MUONSHARD_PARAM_TEXT, offsetof(model_file, name), "model", 0, 0, NULL,
      "Name of the model, for tables."},
     {"tensors", MUONSHARD_PARAM_LIST, offsetof(model_file, tensor_lines), "", 0, 0, NULL,
-     "Its tensors: name, role (matrix, elementwise or frozen), shape, dtype and grad_dtype (fp32, "
-     "bf16 or fp16), and for matrices form (stack or flatten) and row_splits."},
+     "Its tensors: name, role (matrix, elementwise or frozen), shape, axes (what its first sizes "
+     "count: layer, expert), dtype and grad_dtype (fp32, bf16 or fp16), and for matrices form "
+     "(stack or flatten) and row_splits."},
+    {"pipeline_parallel", MUONSHARD_PARAM_INT, offsetof(model_file, pipeline_parallel), "1", 1,
+     16384, NULL, "Stages the layers are spread over; a rank holds one."},
+    {"expert_parallel", MUONSHARD_PARAM_INT, offsetof(model_file, expert_parallel), "1", 1, 16384,
+     NULL, "Ranks the experts are spread over."},
 };
 const size_t model_file_table_count = sizeof model_file_table / sizeof model_file_table[0];
 
@@ -46,9 +53,17 @@ static bool read_dtype(const char *text, muonshard_dtype *dtype) {
     return *dtype != MUONSHARD_FP32 || strcmp(text, "fp32") == 0;
 }
 
+static bool read_axes(const char *text, struct model_axes *axes) {
+    axes->layer = strncmp(text, "layer", 5) == 0;
+    const char *rest = text + (axes->layer ? 5 : 0);
+    axes->expert = strcmp(rest, axes->layer ? ",expert" : "expert") == 0;
+    return axes->expert || (axes->layer && !*rest);
+}
+
 /* `splits` has room for `room` numbers; what was read is taken from it. */
-static muonshard_status read_word(muonshard_tensor_desc *t, const char *key, char *value,
-                                  int64_t *splits, int room, char *message) {
+static muonshard_status read_word(muonshard_tensor_desc *t, struct model_axes *axes,
+                                  const char *key, char *value, int64_t *splits, int room,
+                                  char *message) {
     int count = 0;
     bool good = true;
     if (strcmp(key, "name") == 0) {
@@ -62,6 +77,8 @@ static muonshard_status read_word(muonshard_tensor_desc *t, const char *key, cha
         count = read_numbers(value, splits, room);
         t->row_splits = splits;
         t->row_split_count = count > 0 ? (size_t)count : 0;
+    } else if (strcmp(key, "axes") == 0) {
+        good = read_axes(value, axes);
     } else if (strcmp(key, "dtype") == 0) {
         good = read_dtype(value, &t->dtype);
     } else if (strcmp(key, "grad_dtype") == 0) {
@@ -71,8 +88,8 @@ static muonshard_status read_word(muonshard_tensor_desc *t, const char *key, cha
         t->form = strcmp(value, "flatten") == 0 ? MUONSHARD_FLATTEN : MUONSHARD_STACK;
     } else {
         return message_fail(message, MUONSHARD_ERR_CONFIG,
-                            "tensors: '%s': unknown word '%s'; known are name, role, shape, dtype, "
-                            "grad_dtype, form, row_splits",
+                            "tensors: '%s': unknown word '%s'; known are name, role, shape, axes, "
+                            "dtype, grad_dtype, form, row_splits",
                             t->name ? t->name : "?", key);
     }
     if (!good || count < 0)
@@ -81,8 +98,8 @@ static muonshard_status read_word(muonshard_tensor_desc *t, const char *key, cha
     return MUONSHARD_OK;
 }
 
-static muonshard_status read_line(muonshard_tensor_desc *t, char *line, int64_t *splits, int room,
-                                  char *message) {
+static muonshard_status read_line(muonshard_tensor_desc *t, struct model_axes *axes, char *line,
+                                  int64_t *splits, int room, char *message) {
     *t = (muonshard_tensor_desc)MUONSHARD_TENSOR_DESC_INIT;
     char *next = NULL;
     for (char *word = strtok_r(line, " ", &next); word; word = strtok_r(NULL, " ", &next)) {
@@ -91,7 +108,7 @@ static muonshard_status read_line(muonshard_tensor_desc *t, char *line, int64_t 
             return message_fail(message, MUONSHARD_ERR_CONFIG, "tensors: '%s' is not WORD=VALUE",
                                 word);
         *value++ = '\0';
-        const muonshard_status status = read_word(t, word, value, splits, room, message);
+        const muonshard_status status = read_word(t, axes, word, value, splits, room, message);
         if (status != MUONSHARD_OK)
             return status;
     }
@@ -101,21 +118,50 @@ static muonshard_status read_line(muonshard_tensor_desc *t, char *line, int64_t 
                             !t->name       ? "name"
                             : t->dims == 0 ? "shape"
                                            : "role");
+    const int named = axes->layer + axes->expert;
+    if (named > t->dims - (t->role == MUONSHARD_ROLE_MATRIX ? 2 : 1))
+        return message_fail(message, MUONSHARD_ERR_CONFIG,
+                            "tensors: '%s': %d axes and %d sizes leave none for the %s", t->name,
+                            named, t->dims,
+                            t->role == MUONSHARD_ROLE_MATRIX ? "matrix" : "elements");
     return MUONSHARD_OK;
 }
 
-muonshard_status model_file_parse(model_file *model, char *message) {
+/* The file and line before what is wrong with tensor `index`. */
+static muonshard_status at_line(const char *path, size_t index, muonshard_status status,
+                                char *message) {
+    char what[COMMAND_MESSAGE];
+    const size_t line = config_item_line(path, "tensors", index);
+    snprintf(what, sizeof what, "%s", message);
+    return line ? message_fail(message, status, "%s:%zu: %s", path, line, what)
+                : message_fail(message, status, "%s: %s", path, what);
+}
+
+static muonshard_status check_degrees(const model_file *model, size_t index, char *message) {
+    const muonshard_tensor_desc *t = &model->tensors[index];
+    const struct model_axes *axes = &model->axes[index];
+    const int64_t experts = axes->expert ? t->shape[axes->layer] : 0;
+    return experts % model->expert_parallel
+               ? message_fail(message, MUONSHARD_ERR_CONFIG,
+                              "tensors: '%s': its %lld experts can't be spread evenly over "
+                              "expert_parallel %lld",
+                              t->name, (long long)experts, (long long)model->expert_parallel)
+               : MUONSHARD_OK;
+}
+
+muonshard_status model_file_parse(model_file *model, const char *path, char *message) {
     size_t lines = 0, commas = 0;
     for (const char *c = model->tensor_lines; *c; c++) {
         lines += *c == '\n';
         commas += *c == ',';
     }
     if (!lines)
-        return message_fail(message, MUONSHARD_ERR_CONFIG, "tensors: the model has none");
+        return message_fail(message, MUONSHARD_ERR_CONFIG, "%s: tensors: the model has none", path);
     model->tensors = calloc(lines, sizeof *model->tensors);
+    model->axes = calloc(lines, sizeof *model->axes);
     model->splits = calloc(lines + commas, sizeof *model->splits);
     model->text = strdup(model->tensor_lines);
-    if (!model->tensors || !model->splits || !model->text)
+    if (!model->tensors || !model->axes || !model->splits || !model->text)
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
     int64_t *splits = model->splits;
     int room = (int)(lines + commas);
@@ -123,9 +169,13 @@ muonshard_status model_file_parse(model_file *model, char *message) {
     for (char *line = strtok_r(model->text, "\n", &next); line;
          line = strtok_r(NULL, "\n", &next)) {
         muonshard_tensor_desc *t = &model->tensors[model->tensor_count];
-        const muonshard_status status = read_line(t, line, splits, room, message);
+        const size_t index = model->tensor_count;
+        muonshard_status status =
+            read_line(t, &model->axes[index], line, splits, room, message);
+        if (status == MUONSHARD_OK)
+            status = check_degrees(model, index, message);
         if (status != MUONSHARD_OK)
-            return status;
+            return at_line(path, index, status, message);
         splits += t->row_split_count;
         room -= (int)t->row_split_count;
         model->tensor_count++;
@@ -135,10 +185,44 @@ muonshard_status model_file_parse(model_file *model, char *message) {
 
 void model_file_free(model_file *model) {
     free(model->tensors);
+    free(model->axes);
     free(model->splits);
     free(model->text);
     model->tensors = NULL;
+    model->axes = NULL;
     model->splits = NULL;
     model->text = NULL;
     model->tensor_count = 0;
+}
+
+bool model_file_tensor(const model_file *model, size_t index, model_part part,
+                       muonshard_tensor_desc *desc) {
+    const struct model_axes *axes = &model->axes[index];
+    const int64_t stages = model->pipeline_parallel;
+    if (axes->expert != (part == MODEL_EXPERTS) && model->expert_parallel > 1)
+        return false;
+    *desc = model->tensors[index];
+    if (axes->layer) /* the stage that has most of them */
+        desc->shape[0] = (desc->shape[0] + stages - 1) / stages;
+    if (axes->expert)
+        desc->shape[axes->layer] /= model->expert_parallel;
+    return part == MODEL_SHARED || model->expert_parallel > 1;
+}
+
+muonshard_status model_file_repeat(model_file *model, int64_t times, char *message) {
+    for (size_t i = 0; i < model->tensor_count; i++) {
+        muonshard_tensor_desc *t = &model->tensors[i];
+        const bool matrix = t->role == MUONSHARD_ROLE_MATRIX;
+        if (matrix && (t->form == MUONSHARD_FLATTEN || t->dims == MUONSHARD_MAX_DIMS))
+            return message_fail(message, MUONSHARD_ERR_UNSUPPORTED,
+                                "tensor '%s' can't be had %lld times: it is no stack", t->name,
+                                (long long)times);
+        if (matrix && t->dims == 2) {
+            memmove(t->shape + 1, t->shape, 2 * sizeof *t->shape);
+            t->shape[0] = 1;
+            t->dims = 3;
+        }
+        t->shape[0] *= times;
+    }
+    return MUONSHARD_OK;
 }

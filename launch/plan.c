@@ -83,7 +83,7 @@ static muonshard_status load(planner *p, const char *path, const command_args *a
         backend_open_host((host_options){.isa = host_isa_detect(), .threads = 1}, &p->host, &error);
     if (status != MUONSHARD_OK)
         return message_fail(message, status, "%s", error.text);
-    status = model_file_parse(&p->model, message);
+    status = model_file_parse(&p->model, path, message);
     if (status != MUONSHARD_OK)
         return status;
     p->registry.weightless = true;

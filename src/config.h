@@ -17,4 +17,7 @@ muonshard_status config_copy(const muonshard_config *config, muonshard_config **
 muonshard_status config_check_equal(const muonshard_config *config, muonshard_comm *comm,
                                     error_text *error);
 
+/* The line of item `index` of the list `key` in a file that loads; 0: it has no such item. */
+size_t config_item_line(const char *path, const char *key, size_t index);
+
 #endif

@@ -60,8 +60,9 @@ typedef enum config_entry_kind {
 
 typedef struct config_entry {
     config_entry_kind kind;
-    char *key, *value; /* owned */
-    size_t line;       /* of the key, from 1 */
+    char *key, *value;  /* owned */
+    size_t line;        /* of the key, from 1 */
+    size_t *item_lines; /* owned, of a list: a line an item */
 } config_entry;
 
 typedef struct config_entries {

@@ -29,6 +29,7 @@ void config_entries_free(config_entries *entries) {
     for (size_t i = 0; i < entries->count; ++i) {
         free(entries->items[i].key);
         free(entries->items[i].value);
+        free(entries->items[i].item_lines);
     }
     free(entries->items);
     *entries = (config_entries){0};
@@ -64,7 +65,7 @@ static muonshard_status add_entry(reader *r, config_entry_kind kind, const char 
         entries->items = items;
         entries->capacity = capacity;
     }
-    config_entry entry = {kind, strdup(key), strdup(value), line};
+    config_entry entry = {kind, strdup(key), strdup(value), line, NULL};
     if (!entry.key || !entry.value) {
         free(entry.key);
         free(entry.value);
@@ -221,10 +222,22 @@ static muonshard_status read_item(reader *r, text_buffer *items) {
     return MUONSHARD_OK;
 }
 
-static muonshard_status read_items(reader *r, text_buffer *items) {
+/* *lines [count] gets one more. */
+static muonshard_status note_line(reader *r, size_t **lines, size_t count) {
+    size_t *more = realloc(*lines, (count + 1) * sizeof *more);
+    if (!more)
+        return no_memory(r);
+    more[count] = line_of(r);
+    *lines = more;
+    return MUONSHARD_OK;
+}
+
+static muonshard_status read_items(reader *r, text_buffer *items, size_t **lines) {
+    size_t count = 0;
     TRY(append(r, items, ""));
     TRY(advance(r));
     while (r->event.type != YAML_SEQUENCE_END_EVENT) {
+        TRY(note_line(r, lines, count++));
         if (r->event.type == YAML_SEQUENCE_START_EVENT)
             return refuse(r, "a list in a list");
         if (r->event.type == YAML_MAPPING_START_EVENT) {
@@ -242,9 +255,14 @@ static muonshard_status read_items(reader *r, text_buffer *items) {
 
 static muonshard_status read_list(reader *r, const char *key, size_t line) {
     text_buffer items = {0};
-    muonshard_status status = read_items(r, &items);
+    size_t *lines = NULL;
+    muonshard_status status = read_items(r, &items, &lines);
     if (status == MUONSHARD_OK)
         status = add_entry(r, ENTRY_LIST, key, line, items.data);
+    if (status == MUONSHARD_OK)
+        r->entries->items[r->entries->count - 1].item_lines = lines;
+    else
+        free(lines);
     free(items.data);
     return status;
 }
@@ -338,4 +356,25 @@ out:
     }
     *yaml = text;
     return MUONSHARD_OK;
+}
+
+size_t config_item_line(const char *path, const char *key, size_t index) {
+    char *yaml;
+    size_t length, line = 0;
+    config_entries entries = {0};
+    error_text error;
+    if (config_yaml_read(path, &yaml, &length, &error))
+        return 0;
+    if (config_yaml_parse(yaml, length, path, &entries, &error) == MUONSHARD_OK)
+        for (size_t i = 0; i < entries.count; ++i) {
+            const config_entry *e = &entries.items[i];
+            size_t items = 0;
+            for (const char *c = e->value; e->kind == ENTRY_LIST && *c; ++c)
+                items += *c == '\n';
+            if (strcmp(e->key, key) == 0 && index < items)
+                line = e->item_lines[index];
+        }
+    config_entries_free(&entries);
+    free(yaml);
+    return line;
 }

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/backend.h"
+#include "kernels/cuda_layout.h"
 
 typedef struct gemm_table gemm_table;
 
@@ -64,8 +65,6 @@ typedef struct gemm {
     const void *a, *b, *c;
     void *dst;
 } gemm;
-
-#define GEMM_WORKSPACE ((size_t)32 << 20) /* what cuBLAS asks for on Hopper */
 
 /* What is chosen for a shape once is kept. `workspace` [GEMM_WORKSPACE]. */
 muonshard_status gemm_run(backend *self, const gemm *g, void *workspace);

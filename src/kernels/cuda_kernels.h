@@ -7,15 +7,11 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/backend.h"
+#include "kernels/cuda_layout.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/* Sums of squares are made of parts: as many as depend on the length alone, at most CUDA_PARTS an
- * item, CUDA_LIST items at a time. */
-enum { CUDA_PARTS = 1024, CUDA_LIST = 32 };
-#define CUDA_SCRATCH_BYTES ((size_t)2 * CUDA_LIST * CUDA_PARTS * sizeof(double))
 
 /* ---- cuda_elementwise.cu ---- */
 

@@ -6,7 +6,7 @@
 #include "kernels/cuda.h"
 #include "kernels/cuda_kernels.h"
 
-enum { ALIGNMENT = 256, SQUARINGS = 24 };
+enum { SQUARINGS = 24 };
 
 typedef struct buffers {
     backend *self;
@@ -25,20 +25,8 @@ typedef struct buffers {
 
 /* ---- memory ---- */
 
-static void *take(uintptr_t *at, size_t bytes) {
-    void *start = (void *)*at;
-    *at += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    return start;
-}
-
 static size_t size_of(ns_dtype dtype) {
     return dtype == NS_BF16 || dtype == NS_FP16 ? 2 : 4;
-}
-
-static bool needs_gram(const ns_instruction *op) {
-    return op->kind == NS_NORMALIZE &&
-           (op->a != NS_NONE || op->norm == NS_NORM_AOL || op->norm == NS_NORM_SCHATTEN4 ||
-            op->norm == NS_NORM_SPECTRAL);
 }
 
 /* Squares are multiplied with squares. */
@@ -49,40 +37,26 @@ static bool is_gram(const ns_program *program) {
     return commuting;
 }
 
-/* Where squares are kept in another dtype than X, they are rounded to X's before they meet it. */
-static bool is_mixed(const ns_program *program) {
-    return size_of(program->dtype) != size_of(program->square_dtype);
-}
-
-static uintptr_t lay_out(buffers *s, uintptr_t workspace) {
-    const ns_program *p = s->program;
-    const size_t square = s->count * (size_t)s->m * (size_t)s->m;
-    const size_t wide = s->count * (size_t)s->m * (size_t)s->n;
-    bool gram = false, spectral = false;
-    for (int i = 0; i < p->count; i++) {
-        gram = gram || needs_gram(&p->code[i]);
-        spectral = spectral || (needs_gram(&p->code[i]) && p->code[i].norm == NS_NORM_SPECTRAL);
+static void lay_out(buffers *s, void *workspace) {
+    const cuda_layout l = cuda_layout_of(s->program, s->m, s->n, s->count);
+    char *start = workspace;
+    for (int b = 0; b < NS_BUFFER_COUNT; b++)
+        s->at[b] = start + l.at[b];
+    for (int i = 0; i < 2; i++) {
+        s->operands[i] = start + l.operands[i];
+        s->gram[i] = (double *)(void *)(start + l.gram[i]);
     }
-    s->at[NS_X] = take(&workspace, wide * size_of(p->dtype));
-    s->at[NS_Y] = take(&workspace, wide * size_of(p->dtype));
-    for (int i = 0; i < p->squares; i++)
-        s->at[NS_A + i] = take(&workspace, square * size_of(p->square_dtype));
-    for (int i = 0; i < 2; i++)
-        s->operands[i] = take(&workspace, is_mixed(p) ? square * size_of(p->dtype) : 0);
-    s->factors = take(&workspace, s->count * (size_t)s->m * sizeof(double));
-    s->squares = take(&workspace, s->count * sizeof(double));
-    s->x64 = take(&workspace, gram ? wide * sizeof(double) : 0);
-    s->gram[0] = take(&workspace, gram ? square * sizeof(double) : 0);
-    s->gram[1] = take(&workspace, spectral ? square * sizeof(double) : 0);
-    s->logs = take(&workspace, spectral ? 2 * s->count * sizeof(double) : 0);
-    s->gemm = take(&workspace, GEMM_WORKSPACE);
-    return workspace;
+    s->factors = (double *)(void *)(start + l.factors);
+    s->squares = (double *)(void *)(start + l.squares);
+    s->x64 = (double *)(void *)(start + l.x64);
+    s->logs = (double *)(void *)(start + l.logs);
+    s->gemm = start + l.gemm;
 }
 
 size_t cuda_orthogonalize_workspace(backend *self, const ns_program *program, int64_t m, int64_t n,
                                     size_t count) {
-    buffers s = {.self = self, .program = program, .m = m, .n = n, .count = count};
-    return count ? lay_out(&s, 0) : 0;
+    (void)self;
+    return count ? cuda_layout_of(program, m, n, count).bytes : 0;
 }
 
 /* ---- normalisation ---- */
@@ -152,7 +126,7 @@ static muonshard_status normalize(const buffers *s, const ns_instruction *op,
                                   const orthogonalize_item *items) {
     const bool frobenius = op->norm == NS_NORM_FROBENIUS_ADD || op->norm == NS_NORM_FROBENIUS_MAX ||
                            op->norm == NS_NORM_FROBENIUS_SAFETY;
-    if (needs_gram(op))
+    if (cuda_needs_gram(op))
         TRY(gram_factors(s, op, items));
     if (frobenius) {
         const double *squares;
@@ -245,7 +219,7 @@ muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
                  .m = m,
                  .n = n,
                  .count = count};
-    lay_out(&s, (uintptr_t)workspace);
+    lay_out(&s, workspace);
     for (int i = 0; i < program->count; i++)
         TRY(run(&s, &program->code[i], items));
     TRY_CUDA(self, cuda_give_back(items, count, m, n, ns_stored(program, program->result),

@@ -8,30 +8,31 @@
 
 /* ---- memory ---- */
 
-/* `pointer` is the address of a pointer of any type. */
-static muonshard_status reserve(muonshard_optimizer *o, void *pointer, size_t count, size_t item) {
+/* Where the block's pointer is. */
+static void *field_of(muonshard_optimizer *o, const memory_block *block) {
+    return (char *)&o->memory + block->offset;
+}
+
+static muonshard_status reserve(muonshard_optimizer *o, const memory_block *block) {
     void *memory = NULL;
-    size_t bytes;
-    FAIL_IF(__builtin_mul_overflow(count ? count : 1, item, &bytes), &o->error,
-            MUONSHARD_ERR_MEMORY, "workspace of %zu x %zu bytes", count, item);
-    const muonshard_status status = o->backend->ops->alloc(o->backend, &memory, bytes);
-    FAIL_IF(status, &o->error, status, "workspace of %zu bytes: %s", bytes, o->backend->error.text);
-    memcpy(pointer, &memory, sizeof memory);
-    o->workspace_bytes += bytes;
+    const muonshard_status status = o->backend->ops->alloc(o->backend, &memory, block->bytes);
+    FAIL_IF(status, &o->error, status, "workspace of %zu bytes: %s", block->bytes,
+            o->backend->error.text);
+    memcpy(field_of(o, block), &memory, sizeof memory);
+    o->workspace_bytes += block->bytes;
     return MUONSHARD_OK;
 }
 
 /* Memory of the host that a device copies to and from. */
-static muonshard_status reserve_pinned(muonshard_optimizer *o, void *pointer, size_t count,
-                                       size_t item) {
+static muonshard_status reserve_pinned(muonshard_optimizer *o, const memory_block *block) {
     void *memory = NULL;
     if (!runs_ahead(o))
-        return host_array(o, pointer, count, item);
+        return host_array(o, field_of(o, block), block->bytes, 1);
     const muonshard_status status =
-        o->backend->streams->alloc_pinned(o->backend, &memory, count * item);
+        o->backend->streams->alloc_pinned(o->backend, &memory, block->bytes);
     FAIL_IF(status, &o->error, status, "%s", o->backend->error.text);
-    memcpy(pointer, &memory, sizeof memory);
-    o->pinned_bytes += count * item;
+    memcpy(field_of(o, block), &memory, sizeof memory);
+    o->pinned_bytes += block->bytes;
     return MUONSHARD_OK;
 }
 
@@ -53,27 +54,10 @@ static bool needs_scratch(const muonshard_optimizer *o) {
     return needs;
 }
 
-/* What a staged communicator sends and receives, laid out as the exchange arena is. */
-static muonshard_status reserve_staging(muonshard_optimizer *o, size_t exchange_bytes) {
-    workspace *m = &o->memory;
-    const size_t agreeing = (size_t)agree_size(o);
-    const bool staged = comm_is_staged(o->data, o->backend);
-    if (staged) {
-        TRY(reserve_pinned(o, &m->staged_sent, exchange_bytes, 1));
-        TRY(reserve_pinned(o, &m->staged_recv, exchange_bytes, 1));
-    }
-    if (staged || (o->agree_comm && comm_is_staged(o->agree_comm, o->backend)))
-        TRY(reserve_pinned(o, &m->staged_words,
-                           o->word_stride * (1 + (size_t)o->comm->size) + 2 + 2 * agreeing,
-                           sizeof(double)));
-    return MUONSHARD_OK;
-}
-
-/* What a device has beside memory: stamps, graphs, records that come back. */
+/* What a device has beside memory: stamps and graphs. */
 static muonshard_status reserve_streams(muonshard_optimizer *o) {
     const size_t stamps = o->schedule.count * STEPS_IN_FLIGHT * STAMP_COUNT;
     backend *b = o->backend;
-    TRY(reserve_pinned(o, &o->memory.posted, STEP_RESULTS, sizeof(step_record)));
     if (!runs_ahead(o))
         return host_array(o, &o->stamps, stamps, sizeof *o->stamps);
     muonshard_status status = b->streams->alloc_stamps(b, stamps + 1);
@@ -81,60 +65,46 @@ static muonshard_status reserve_streams(muonshard_optimizer *o) {
         status = b->streams->alloc_segments(b, (size_t)o->schedule.segments * STEPS_IN_FLIGHT);
     FAIL_IF(status, &o->error, status, "%s", b->error.text);
     o->graphs = o->settings->cuda_graphs && o->data->ops->on_stream;
-    size_t owned = 0;
-    for (size_t i = 0; i < o->plan.batch_count; i++)
-        owned = o->batches[i].owned > owned ? o->batches[i].owned : owned;
-    return reserve(o, &o->memory.squares, owned, sizeof(double));
+    return MUONSHARD_OK;
 }
 
-static muonshard_status reserve_workspace(muonshard_optimizer *o) {
-    workspace *m = &o->memory;
+static memory_facts facts_of(const muonshard_optimizer *o) {
     const plan *p = &o->plan;
-    const size_t tensors = o->registry.tensor_count, agreeing = (size_t)agree_size(o);
-    o->flat_chunks = p->flat_shard / PLAN_FLAT_CHUNK;
-    o->word_stride = 1 + tensors + p->wave_count + o->flat_chunks + 1;
-    const size_t used_chunks = (p->flat_elements + PLAN_FLAT_CHUNK - 1) / PLAN_FLAT_CHUNK;
-    o->sum_count = o->registry.view_count + used_chunks;
-
-    const size_t momentum_size = dtype_size((muonshard_dtype)o->settings->momentum_dtype);
-    TRY(reserve(o, &m->momentum, p->matrix_elements, momentum_size));
-    TRY(reserve(o, &m->variance, p->variance_elements, sizeof(float)));
-    TRY(reserve(o, &m->masters, p->master_elements, sizeof(float)));
-    TRY(reserve(o, &m->flat_m, p->flat_shard, sizeof(float)));
-    TRY(reserve(o, &m->flat_v, p->flat_shard, sizeof(float)));
-    TRY(reserve(o, &m->flat_w, p->flat_shard, sizeof(float)));
-    o->state_bytes = p->bytes_state;
-    TRY(reserve(o, &m->owned, p->owned_elements, sizeof(float)));
-    TRY(reserve(o, &m->factors, p->variance_elements, sizeof(float)));
-    for (size_t i = 0; i < p->wave_count; i++)
-        if (p->waves[i].kind == PLAN_FLAT && p->waves[i].sent != MUONSHARD_FP32)
-            TRY(reserve(o, &m->flat_sent, p->flat_shard, dtype_size(p->waves[i].sent)));
-    TRY(reserve(o, &m->pack, p->pack_bytes, 1));
-    const size_t scratch = needs_scratch(o) ? p->scratch_bytes : 0;
-    const size_t exchange = scratch > p->gather_bytes ? scratch : p->gather_bytes;
-    TRY(reserve(o, &m->exchange, exchange, 1));
-    TRY(reserve_staging(o, exchange));
-    TRY(reserve_streams(o));
-    TRY(reserve(o, &m->zeros, p->largest_unpacked_bytes, 1));
-    TRY(reserve(o, &m->word, o->word_stride, sizeof(double)));
-    TRY(reserve(o, &m->words, o->word_stride * (size_t)p->world_size, sizeof(double)));
-    TRY(reserve(o, &m->totals, 2 * (2 + agreeing), sizeof(double)));
-    TRY(reserve(o, &m->active, tensors, 1));
-    TRY(reserve(o, &m->skip_if_absent, tensors, 1));
-    TRY(reserve(o, &m->values, tensors, sizeof(tensor_values)));
-    TRY(reserve(o, &m->record, 1, sizeof(step_record)));
-    TRY(reserve(o, &m->sum_index, o->sum_count + agreeing, sizeof(size_t)));
-
-    size_t newton_schulz = 0;
+    memory_facts f = {.plan = p,
+                      .settings = o->settings,
+                      .tensors = o->registry.tensor_count,
+                      .views = o->registry.view_count,
+                      .agreeing = (size_t)agree_size(o),
+                      .device = runs_ahead(o),
+                      .scratch = needs_scratch(o),
+                      .staged = comm_is_staged(o->data, o->backend),
+                      .staged_words =
+                          o->agree_comm && comm_is_staged(o->agree_comm, o->backend)};
     for (size_t b = 0; b < p->batch_count; b++) {
         if (p->batches[b].kind == PLAN_FLAT)
             continue;
-        const size_t count = backend_at_once(o->backend, o->batches[b].owned);
+        const size_t owned = o->batches[b].owned;
         const size_t bytes = o->backend->ops->orthogonalize_workspace(
-            o->backend, o->batches[b].program, p->batches[b].m, p->batches[b].n, count);
-        newton_schulz = bytes > newton_schulz ? bytes : newton_schulz;
+            o->backend, o->batches[b].program, p->batches[b].m, p->batches[b].n,
+            backend_at_once(o->backend, owned));
+        f.owned = owned > f.owned ? owned : f.owned;
+        f.orthogonalize = bytes > f.orthogonalize ? bytes : f.orthogonalize;
     }
-    return reserve(o, &m->newton_schulz, newton_schulz, 1);
+    return f;
+}
+
+static muonshard_status reserve_workspace(muonshard_optimizer *o) {
+    const plan *p = &o->plan;
+    o->flat_chunks = p->flat_shard / PLAN_FLAT_CHUNK;
+    o->word_stride = memory_word_stride(p, o->registry.tensor_count);
+    o->sum_count = memory_sum_count(p, o->registry.view_count);
+    const memory_facts facts = facts_of(o);
+    const memory_list list = memory_of(&facts);
+    for (size_t i = 0; i < list.count; i++)
+        TRY(list.blocks[i].kind == MEMORY_PINNED ? reserve_pinned(o, &list.blocks[i])
+                                                 : reserve(o, &list.blocks[i]));
+    o->state_bytes = memory_bytes(&list, MEMORY_STATE);
+    return reserve_streams(o);
 }
 
 /* Small tables go over by copy: the memory may be a device's. */

@@ -5,45 +5,11 @@
 
 #include "comm/comm.h"
 #include "config.h"
+#include "optim/memory.h"
 #include "optim/plan.h"
 #include "optim/registry.h"
 #include "optim/schedule.h"
 #include "optim/trace.h"
-
-/* Backend memory, sized at commit; a step allocates nothing. */
-typedef struct workspace {
-    /* state */
-    void *momentum;         /* [matrix_elements] of momentum_dtype */
-    float *variance;        /* [variance_elements] */
-    float *masters;         /* [master_elements] fp32 of 16-bit matrices */
-    float *flat_m, *flat_v; /* [flat_shard] AdamW */
-    float *flat_w; /* [flat_shard] parameters of the shard: a master, or loaded by each step */
-    /* scratch */
-    float *owned;    /* [owned_elements] summed gradients of what this rank owns, then U in their
-                        place, in the dtype Newton-Schulz leaves it in */
-    float *factors;  /* [variance_elements] of U, from the variance */
-    void *flat_sent; /* [flat_shard] new parameters in the dtype they travel in; NULL: as flat_w */
-    char *pack;      /* [pack_bytes] gradients that had to be copied to be sent */
-    char *exchange;  /* scratch of reduce-scatters; once they are done, what is gathered */
-    void *zeros;     /* [largest_unpacked_bytes] sent in the place of a NULL gradient */
-    void *newton_schulz;
-    double *word;    /* [word_stride] this rank's agree word */
-    double *words;   /* [world_size, word_stride] */
-    double *totals;  /* [2 + agree world size, 2]: of this group, what it contributes to agree_comm,
-                        what all do */
-    uint8_t *active; /* [tensor_count] */
-    uint8_t *skip_if_absent; /* [tensor_count] */
-    tensor_values *values;   /* [tensor_count] */
-    step_record *record;
-    size_t *sum_index; /* [sum_count] into words, then [agree world size] into totals */
-    /* of a backend with streams */
-    double *squares; /* [most matrices owned of a batch] sums of U^2, from momentum on */
-    /* pinned, of the host */
-    step_record *posted; /* [STEP_RESULTS] records of steps, as they become known */
-    char *staged_sent,
-        *staged_recv;     /* [staged_bytes] what a staged communicator sends and receives */
-    double *staged_words; /* [4 + world size + agree world size times their strides] */
-} workspace;
 
 /* Kernel arguments that stay the same from step to step. */
 typedef struct bucket_work {
@@ -71,8 +37,6 @@ typedef struct op_state {
     comm_part *host_parts; /* own; the same, staged; or NULL */
     size_t part_count;
 } op_state;
-
-#define STEP_RESULTS 16
 
 /* Two steps are under way at a time at most: the one that is issued, and the one before it. */
 #define STEPS_IN_FLIGHT 2

@@ -54,7 +54,7 @@ compile() {
 
 build() {
     local host core kernels programs name more
-    host=$(ls src/kernels/*.c | grep -v kernels/cuda)
+    host="$(ls src/kernels/*.c | grep -v kernels/cuda) src/kernels/cuda_layout.c"
     # shellcheck disable=SC2046,SC2086 # words they are
     {
         core=$(compile src/*.c src/optim/*.c src/comm/comm.c src/comm/self.c src/comm/callbacks.c src/comm/nccl_open.c \
