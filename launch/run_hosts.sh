@@ -6,6 +6,7 @@
 # This directory and COMMAND have to be at the same place on every host. --dry-run prints what would be run. Settings of the environment:
 #   MUONSHARD_THREADS      BLAS threads of a rank (default: cores / ranks of the first host, at least 1)
 #   MUONSHARD_JOB_TIMEOUT  seconds after which the job is ended
+#   MUONSHARD_HOST_TIMEOUT seconds after which a host that does not answer mpirun ends the job (default: 30)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -107,6 +108,46 @@ fi
 if [ -n "${MUONSHARD_JOB_TIMEOUT-}" ]; then
     options+=(--timeout "$MUONSHARD_JOB_TIMEOUT")
 fi
+
+# A host that is cut off. Of itself mpirun asks an idle daemon only after five minutes, and waits a quarter of an hour for an answer
+# to what it has sent. The first has a setting, which makes both sides see it; the second is read off its connections.
+patience=${MUONSHARD_HOST_TIMEOUT:-30}
+[[ $patience =~ ^[1-9][0-9]*$ ]] || die "MUONSHARD_HOST_TIMEOUT is \"$patience\", not whole seconds above 0"
+options+=(--mca oob_tcp_keepalive_time $(((patience + 1) / 2)) --mca oob_tcp_keepalive_intvl $(((patience + 7) / 8))
+    --mca oob_tcp_keepalive_probes 4)
+# Who has not answered PID for so many repetitions of what it sent.
+unanswered() { # PID REPETITIONS
+    local own
+    own=$(find "/proc/$1/fd" -lname 'socket:*' -printf '%l\n' 2>/dev/null | tr -cd '0-9\n' | paste -sd' ')
+    cat "/proc/$1/net/tcp" "/proc/$1/net/tcp6" 2>/dev/null | awk -v own=" $own " '
+        index(own, " " $10 " ") && $4 == "01" { print $3, $7 }' | while read -r address repeated; do
+        [ $((16#$repeated)) -ge "$2" ] || continue
+        address=${address%:*}
+        case $address in
+        ???????? | 0000000000000000FFFF0000????????)
+            address=${address: -8}
+            echo $((16#${address:6:2})).$((16#${address:4:2})).$((16#${address:2:2})).$((16#${address:0:2}))
+            ;;
+        *) echo "$address (IPv6)" ;;
+        esac
+    done
+}
+watch() { # PID
+    local repetitions=1 silent
+    # Repeated after 0.2 s, 0.4 s, 0.8 s...
+    while [ $(((1 << (repetitions + 1)) - 1)) -le $((5 * patience)) ]; do repetitions=$((repetitions + 1)); done
+    while kill -0 "$1" 2>/dev/null; do
+        silent=$(unanswered "$1" "$repetitions" | sort -u | paste -sd' ')
+        if [ -n "$silent" ]; then
+            echo "run_hosts.sh: no answer from $silent for about $patience s; the job is ended" >&2
+            # An mpirun that is aborting already crashes at a SIGTERM. Daemons that can, follow it: they lose its connection.
+            pkill -P "$1" || true
+            sleep 1
+            kill -9 "$1" 2>/dev/null || true
+        fi
+        sleep 1
+    done
+}
 export MUONSHARD_THREADS=$threads OPENBLAS_NUM_THREADS=$threads
 # OMPI_* is forwarded by mpirun itself.
 while IFS= read -r name; do
@@ -123,4 +164,5 @@ if [ -n "$dry" ]; then
 fi
 echo "run_hosts.sh: $total rank$([ "$total" -eq 1 ] || echo s) on ${#names[@]} host$([ ${#names[@]} -eq 1 ] || echo s), $threads BLAS thread$([ "$threads" -eq 1 ] || echo s) each," \
     "$binding" >&2
+(watch $$ >/dev/null &) # of mpirun, which has this number from here on
 exec "${line[@]}"

@@ -79,6 +79,7 @@ MUONSHARD_JOB_TIMEOUT=60 NCCL_DEBUG=INFO UCX_TLS=tcp OTHER_THING=1 dry "environm
 for name in NCCL_DEBUG UCX_TLS MUONSHARD_JOB_TIMEOUT; do says "$name is forwarded" " -x $name " stdout; done
 silent "nothing else is" "OTHER_THING" stdout
 says "the job's time" " --timeout 60 " stdout
+says "hosts that do not answer: after 30 s" " oob_tcp_keepalive_time 15 --mca oob_tcp_keepalive_intvl 4 --mca oob_tcp_keepalive_probes 4 " stdout
 runs "a run" 0 "$launch/run_hosts.sh" --ranks-per-host 2 --hosts n1 muonshard "x y"
 says "a run: the words as they are" "^x y$" mpirun.log
 says "a run: says what it does" "^run_hosts.sh: 2 ranks on 1 host, 8 BLAS threads each, bound to 8 cores each" stderr
@@ -100,6 +101,7 @@ refused "no command" "usage" --hosts n1
 refused "an unknown option" "unknown option --host" --host n1 a
 refused "no value" "usage|needs a value" --hosts
 refused "a bad number" "0 is not a number above 0" --ranks-per-host 0 a
+MUONSHARD_HOST_TIMEOUT=0.5 refused "a bad time" 'MUONSHARD_HOST_TIMEOUT is "0.5"' a
 refused "a bad hostfile" 'bad:1: "slot=3"' --hosts bad a
 refused "an empty hostfile" "empty names no host" --hosts empty a
 refused "no hostfile" "no such file" --hosts no/such a
