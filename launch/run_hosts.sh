@@ -137,7 +137,7 @@ watch() { # PID
     # Repeated after 0.2 s, 0.4 s, 0.8 s...
     while [ $(((1 << (repetitions + 1)) - 1)) -le $((5 * patience)) ]; do repetitions=$((repetitions + 1)); done
     while kill -0 "$1" 2>/dev/null; do
-        silent=$(unanswered "$1" "$repetitions" | sort -u | paste -sd' ')
+        silent=$(unanswered "$1" "$repetitions" | sort -u | paste -sd' ') || true # what vanishes while it is looked at
         if [ -n "$silent" ]; then
             echo "run_hosts.sh: no answer from $silent for about $patience s; the job is ended" >&2
             # An mpirun that is aborting already crashes at a SIGTERM. Daemons that can, follow it: they lose its connection.
