@@ -74,13 +74,12 @@ fi
 # With its directory, mpirun finds its daemon on the other hosts beside itself, whatever PATH a login there has.
 mpirun=$(command -v mpirun) || die "there is no mpirun in PATH"
 
-# GPUs and cores (not hardware threads) of the first host, asked the way the ranks will be started.
+# GPUs and cores of the first host, asked the way the ranks will be started.
 # shellcheck disable=SC2016 # the other host's shell reads it
-look='gpus=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU ") || gpus=0
-    echo "machine $gpus $(lscpu -p=core,socket | grep -v "^#" | sort -u | wc -l)"'
-found=$("$mpirun" --timeout 60 --host "${names[0]}" -n 1 --bind-to none bash -c "$look") ||
-    die "nothing can be started on ${names[0]}; is it reached without a password, and is the same MPI there?"
-read -r _ gpus cores <<<"$(grep '^machine ' <<<"$found")"
+look='gpus=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU ") || gpus=0; echo "machine $gpus $("$0/cores.sh")"'
+found=$("$mpirun" --timeout 60 --host "${names[0]}" -n 1 --bind-to none bash -c "$look" "$here" </dev/null) ||
+    die "nothing can be started on ${names[0]}; is it reached without a password, with the same MPI and $here there?"
+read -r _ gpus whole cores <<<"$(grep '^machine ' <<<"$found")"
 default=$gpus
 [ "$gpus" -gt 0 ] || default=$cores
 
@@ -98,9 +97,12 @@ options=(-n "$total" --host "$list")
 if [ "$gpus" -gt 0 ]; then
     binding="bound beside their GPUs"
     options+=(--map-by slot --bind-to none)
-elif [ $((threads * most)) -gt "$cores" ]; then
+elif [ "$most" -gt "$cores" ]; then
     binding="no binding, for there are fewer cores ($cores a host)"
     options+=(--map-by slot --bind-to none --mca mpi_yield_when_idle 1)
+elif [ "$cores" -lt "$whole" ] || [ $((threads * most)) -gt "$cores" ]; then
+    binding="no binding"
+    options+=(--map-by slot --bind-to none)
 else
     binding="bound to $threads core$([ "$threads" -eq 1 ] || echo s) each"
     options+=(--map-by "slot:PE=$threads" --bind-to core)

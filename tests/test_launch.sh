@@ -42,7 +42,7 @@ program mpirun <<'SH'
 #!/usr/bin/env bash
 case " $* " in
 *" down1 "*) exit 1 ;;
-*nvidia-smi*) echo "machine ${FAKE_MACHINE:-0 16}" ;; # run_hosts.sh asks for GPUs and cores
+*nvidia-smi*) echo "machine ${FAKE_MACHINE:-0 16 16}" ;; # run_hosts.sh asks for GPUs and cores
 *) printf '%s\n' "$@" >mpirun.log ;;
 esac
 SH
@@ -69,12 +69,22 @@ says "a host named twice, and other slots" "-n 4 --host node1:2.,node2:2 " stdou
 dry "ranks per host" --ranks-per-host 3 --hosts hosts a "b c"
 says "the number goes before slots" "-n 6 --host node1:3.,node2:3 --map-by slot:PE=5 --bind-to core " stdout
 says "arguments stay whole" ' a b\\ c $' stdout
-FAKE_MACHINE="8 96" dry "GPUs" --hosts n1,n2 a
+FAKE_MACHINE="8 96 96" dry "GPUs" --hosts n1,n2 a
 says "a rank a GPU, bound by bind.sh" "-n 16 --host n1:8.,n2:8 --map-by slot --bind-to none " stdout
-FAKE_MACHINE="0 6" dry "cores" --hosts n1 a
+FAKE_MACHINE="0 6 6" dry "cores" --hosts n1 a
 says "a rank a core" "-n 6 --host n1:6 --map-by slot:PE=1 --bind-to core " stdout
+FAKE_MACHINE="0 8 4" dry "a share of time" --ranks-per-host 2 a
+says "a container's share of time" "-n 2 --host localhost:2 --map-by slot --bind-to none --mca oob" stdout
 dry "more ranks than cores" --ranks-per-host 17 a
 says "more ranks than cores" "-n 17 --host localhost:17 --map-by slot --bind-to none --mca mpi_yield_when_idle 1 " stdout
+# run_local.sh: a stand-in for /sys says what a container's time is.
+mkdir -p share/fs/cgroup
+echo "50000 100000" >share/fs/cgroup/cpu.max
+runs "one machine" 0 env MUONSHARD_SYSFS="$work/share" "$launch/run_local.sh" 1 muonshard train
+says "one machine" "^muonshard$" mpirun.log
+silent "a share of time is not a shared GPU" "share_gpu" mpirun.log
+runs "shared GPU" 0 "$launch/run_local.sh" --share-gpu 1 muonshard train
+says "a shared GPU is said to the run" "^share_gpu=true$" mpirun.log
 MUONSHARD_JOB_TIMEOUT=60 NCCL_DEBUG=INFO UCX_TLS=tcp OTHER_THING=1 dry "environment" a
 for name in NCCL_DEBUG UCX_TLS MUONSHARD_JOB_TIMEOUT; do says "$name is forwarded" " -x $name " stdout; done
 silent "nothing else is" "OTHER_THING" stdout
