@@ -18,17 +18,7 @@ if [ $# -lt 2 ] || ! [[ $ranks =~ ^[1-9][0-9]*$ ]]; then
 fi
 shift
 
-# Cores, not hardware threads, of those this process may use; a container's share of time counts, too.
-cpus=$(nproc)
-cores=$(taskset -cp $$ | sed 's/.*: //' | tr ',' '\n' | awk -F- '{ for (i = $1; i <= $NF; i++) print i }' |
-    sed 's,.*,/sys/devices/system/cpu/cpu&/topology/thread_siblings_list,' | xargs cat 2>/dev/null | sort -u | wc -l) || cores=0
-[ "$cores" -gt 0 ] || cores=$cpus
-whole=$cores
-if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ]; then
-    granted=$(((quota + period - 1) / period))
-    [ "$granted" -ge "$cores" ] || cores=$granted
-fi
-
+read -r whole cores <<<"$("$(dirname "$0")/cores.sh")"
 threads=${MUONSHARD_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}
 options=(--host "localhost:$ranks")
 if [ "$ranks" -gt "$cores" ]; then
