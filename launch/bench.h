@@ -72,6 +72,11 @@ json_t *bench_number(double value);
 /* Takes `row` over. */
 muonshard_status bench_add_row(bench *b, json_t *row);
 
+/* "10,5": GB/s and microseconds; "250": milliseconds. NULL: nothing, 0. ERR_ARGUMENT. */
+muonshard_status bench_read_link(const char *text, double *bandwidth, double *latency,
+                                 char *message);
+muonshard_status bench_read_backward(const char *text, double *seconds, char *message);
+
 /* The kinds. Collective; rows and tables as they come. */
 muonshard_status bench_ns(bench *b, const char *shapes);
 muonshard_status bench_comm(bench *b, const char *op);

@@ -342,7 +342,8 @@ static muonshard_status create(step_case *c) {
     return failed(c, status, muonshard_last_error(c->optimizer));
 }
 
-static muonshard_status read_link(bench *b, const char *text, double *bandwidth, double *latency) {
+muonshard_status bench_read_link(const char *text, double *bandwidth, double *latency,
+                                 char *message) {
     *bandwidth = *latency = 0.0;
     if (!text)
         return MUONSHARD_OK;
@@ -351,17 +352,17 @@ static muonshard_status read_link(bench *b, const char *text, double *bandwidth,
     if (*end == ',')
         *latency = 1e-6 * strtod(end + 1, &end);
     return *end || !(*bandwidth > 0.0) || !(*latency >= 0.0) || isinf(*bandwidth + *latency)
-               ? message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+               ? message_fail(message, MUONSHARD_ERR_ARGUMENT,
                               "--link is '%s', not GB/s and perhaps microseconds after a comma",
                               text)
                : MUONSHARD_OK;
 }
 
-static muonshard_status read_backward(bench *b, const char *text, double *seconds) {
+muonshard_status bench_read_backward(const char *text, double *seconds, char *message) {
     char *end = NULL;
     *seconds = text ? 1e-3 * strtod(text, &end) : 0.0;
     return text && (*end || !(*seconds >= 0.0) || *seconds > 3600.0)
-               ? message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+               ? message_fail(message, MUONSHARD_ERR_ARGUMENT,
                               "--backward is '%s', not milliseconds", text)
                : MUONSHARD_OK;
 }
@@ -369,8 +370,8 @@ static muonshard_status read_backward(bench *b, const char *text, double *second
 muonshard_status bench_step(bench *b, const char *backward, const char *link) {
     step_case c = {.b = b, .comm = b->cmd->comm};
     double bandwidth, latency;
-    TRY(read_link(b, link, &bandwidth, &latency));
-    TRY(read_backward(b, backward, &c.backward));
+    TRY(bench_read_link(link, &bandwidth, &latency, b->message));
+    TRY(bench_read_backward(backward, &c.backward, b->message));
     bench_print(
         b, "#\n# %6s %8s %12s  %-5s %10s %9s %9s %9s %9s %9s %9s %9s %9s %9s %9s %8s %9s %7s\n",
         "ranks", "matrices", "bytes", "type", "step", "pack", "rs", "momentum", "ns", "adamw", "ag",

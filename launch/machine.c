@@ -256,8 +256,8 @@ static double together(const machine *m, size_t link, double ranks, double strid
     return k < 1.0 ? 1.0 : k > ranks ? ranks : k;
 }
 
-machine_transfer machine_collective(const machine *m, double ranks, double stride, double filled,
-                                    double slot) {
+machine_transfer machine_collective(const machine *m, int ring, double ranks, double stride,
+                                    double filled, double slot, double *bytes) {
     machine_transfer t = {0.0, 0.0, 0};
     double below = 1.0;
     for (size_t i = 0; i < m->link_count && below < ranks; i++) {
@@ -265,39 +265,18 @@ machine_transfer machine_collective(const machine *m, double ranks, double strid
         const double within = together(m, i, ranks, stride);
         if (within <= below)
             continue;
-        double seconds;
-        if (m->ring) {
-            /* Edges of the ring at this level; every one of them passes all but one piece. */
-            const double edges = within < ranks ? ranks / below - ranks / within
-                                                : ranks / below - 1.0;
-            t.latency += edges * link->latency;
-            seconds = filled * slot * (ranks - 1.0) / ranks / (link->bandwidth * below);
-            if (seconds > t.bandwidth) {
-                t.bandwidth = seconds;
-                t.slowest = i;
-            }
-        } else {
-            const double peers = within - below;
-            seconds = peers * slot / link->bandwidth;
-            t.latency += peers * link->latency;
-            t.slowest = m->by_rank || seconds > t.bandwidth ? i : t.slowest;
-            t.bandwidth = m->by_rank ? t.bandwidth + seconds : fmax(t.bandwidth, seconds);
-        }
+        /* A ring has so many edges of this level, and each passes all pieces but one. */
+        const double edges = ranks / below - (within < ranks ? ranks / within : 1.0);
+        const double peers = within - below;
+        const double sent = ring ? filled * slot * (ranks - 1.0) / ranks / below : peers * slot;
+        const double seconds = sent / link->bandwidth;
+        t.latency += (ring ? edges : peers) * link->latency;
+        if (seconds > t.bandwidth)
+            t.slowest = i;
+        t.bandwidth = m->by_rank ? t.bandwidth + seconds : fmax(t.bandwidth, seconds);
+        if (bytes)
+            bytes[i] += sent;
         below = within;
     }
     return t;
-}
-
-void machine_bytes(const machine *m, double ranks, double stride, double filled, double slot,
-                   double *bytes) {
-    double below = 1.0;
-    for (size_t i = 0; i < m->link_count; i++) {
-        const double within = together(m, i, ranks, stride);
-        bytes[i] = 0.0;
-        if (within > below && below < ranks) {
-            bytes[i] = m->ring ? filled * slot * (ranks - 1.0) / ranks / below
-                               : (within - below) * slot;
-            below = within;
-        }
-    }
 }

@@ -49,7 +49,7 @@ typedef struct machine {
     const char *name, *source;
     int measured; /* or from datasheets */
     int on_gpu;
-    int ring;      /* collectives go round a ring, or from every rank to every other */
+    int ring;      /* collectives go round a ring (NCCL), or from every rank to every other */
     int by_rank;   /* a rank's own thread moves the bytes, and does nothing else meanwhile */
     double memory; /* GB a rank; NaN: not known */
     double launch; /* microseconds an operation takes beside its work */
@@ -79,12 +79,10 @@ typedef struct machine_transfer {
 } machine_transfer;
 
 /* Ring (NCCL): a piece passes ranks - 1 links one after the other, and the slowest level has to pass
- * all pieces; the ranks of a group that are together below it share its links. Exchange (MPI): a
- * message to every other rank. `filled`: slots that have something in them. */
-machine_transfer machine_collective(const machine *m, double ranks, double stride, double filled,
-                                    double slot);
-/* Bytes a rank sends over each link, [link_count], for the same. */
-void machine_bytes(const machine *m, double ranks, double stride, double filled, double slot,
-                   double *bytes);
+ * all pieces; the ranks of a group that are together below it share its links. Else, by exchange
+ * (MPI): a message to every other rank. `filled`: slots that have something in them. `bytes`
+ * [link_count], unless NULL, grows by what a rank sends over each link. */
+machine_transfer machine_collective(const machine *m, int ring, double ranks, double stride,
+                                    double filled, double slot, double *bytes);
 
 #endif

@@ -1,5 +1,6 @@
 #include "optim/ownership.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "optim/newton_schulz.h"
@@ -108,4 +109,76 @@ muonshard_status ownership_assign(const registry *r, const settings *s, int worl
         return assign_by_cost((size_t)world_size, cost, loose, count, owner, error);
     assign_by_turns(r, (size_t)world_size, loose, count, owner);
     return MUONSHARD_OK;
+}
+
+/* How many matrices cost the same. */
+typedef struct cost_class {
+    double cost;
+    double count;
+} cost_class;
+
+static int rising(const void *left, const void *right) {
+    const double a = *(const double *)left, b = *(const double *)right;
+    return (a > b) - (a < b);
+}
+
+/* Ranks it takes at least if none may have more than `most`: for any size, what is so large that
+ * nothing of that size fits beside it is alone on its rank, and what is more than half is the only
+ * such thing there (bound L2 of Martello and Toth 1990 for packing bins). */
+static double ranks_needed(const cost_class *classes, size_t count, double most) {
+    double needed = 0.0;
+    for (size_t k = 0; k < count; k++) {
+        double alone = 0.0, large = 0.0, room = 0.0, small = 0.0;
+        for (size_t i = k; i < count; i++) {
+            const cost_class *c = &classes[i];
+            if (c->cost > most)
+                return INFINITY;
+            if (c->cost > most - classes[k].cost) {
+                alone += c->count;
+            } else if (c->cost > most / 2.0) {
+                large += c->count;
+                room += c->count * (most - c->cost);
+            } else {
+                small += c->count * c->cost;
+            }
+        }
+        const double more = small > room ? ceil((small - room) / most * (1.0 - 1e-12)) : 0.0;
+        needed = fmax(needed, alone + large + more);
+    }
+    return needed;
+}
+
+muonshard_status ownership_bound(const double *cost, size_t count, size_t ranks, double *bound,
+                                 error_text *error) {
+    double *sorted = malloc((count + 1) * sizeof *sorted), total = 0.0;
+    cost_class *classes = calloc(count + 1, sizeof *classes);
+    size_t kinds = 0;
+    muonshard_status status = MUONSHARD_OK;
+    if (!sorted || !classes) {
+        status = fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
+        goto done;
+    }
+    for (size_t i = 0; i < count; i++)
+        total += sorted[i] = cost[i];
+    qsort(sorted, count, sizeof *sorted, rising);
+    for (size_t i = 0; i < count; i++) {
+        if (!kinds || classes[kinds - 1].cost != sorted[i])
+            classes[kinds++].cost = sorted[i];
+        classes[kinds - 1].count += 1.0;
+    }
+    double below = total / (double)ranks, above = total;
+    if (ranks_needed(classes, kinds, below) <= (double)ranks)
+        above = below;
+    for (int i = 0; i < 60 && above > below; i++) {
+        const double middle = (below + above) / 2.0;
+        if (ranks_needed(classes, kinds, middle) > (double)ranks)
+            below = middle;
+        else
+            above = middle;
+    }
+    *bound = below;
+done:
+    free(sorted);
+    free(classes);
+    return status;
 }

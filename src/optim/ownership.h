@@ -19,4 +19,8 @@ muonshard_status ownership_assign(const registry *r, const settings *s, int worl
                                   const double *cost, const size_t *loose, size_t count, int *owner,
                                   error_text *error);
 
+/* No assignment of matrices with these costs [count] keeps all ranks below *bound. */
+muonshard_status ownership_bound(const double *cost, size_t count, size_t ranks, double *bound,
+                                 error_text *error);
+
 #endif

@@ -84,14 +84,15 @@ static void place(builder *b, wave *w, int rank, size_t view_index) {
 }
 
 /* Whole waves out of runs of equal consecutive views; what is left over is loose. */
-static muonshard_status make_whole_waves(builder *b, const tensor *t, error_text *error) {
+static muonshard_status make_whole_waves(builder *b, const tensor *t, bool whole,
+                                         error_text *error) {
     const size_t n = (size_t)b->p->world_size, end = t->first_view + t->view_count;
     size_t i = t->first_view;
     while (i < end) {
         size_t run = 1;
         while (i + run < end && run < n && b->r->views[i + run].rows == b->r->views[i].rows)
             run++;
-        if (run == n) {
+        if (run == n && whole) {
             wave *w = new_wave(b, &b->r->views[i]);
             FAIL_IF(!w, error, MUONSHARD_ERR_MEMORY, "out of memory");
             for (size_t k = 0; k < n; k++)
@@ -369,9 +370,6 @@ static void lay_out(builder *b) {
         if (p->waves[i].kind == PLAN_FLAT)
             p->waves[i].owned_offset = p->matrix_elements;
     p->owned_elements = p->matrix_elements + p->flat_shard;
-    const size_t flat = p->flat_shard * sizeof(float) * (p->flat_master ? 3 : 2);
-    p->bytes_state = p->matrix_elements * dtype_size((muonshard_dtype)b->s->momentum_dtype) + flat +
-                     (p->variance_elements + p->master_elements) * sizeof(float);
 }
 
 static size_t filled_slots(const plan *p, const wave *w) {
@@ -407,6 +405,7 @@ static muonshard_status measure_imbalance(builder *b, error_text *error) {
     }
     for (int rank = 0; rank < p->world_size; rank++)
         largest = cost[rank] > largest ? cost[rank] : largest;
+    p->cost = total / p->world_size;
     p->imbalance = total > 0.0 ? largest * p->world_size / total : 1.0;
     free(cost);
     return MUONSHARD_OK;
@@ -432,8 +431,9 @@ static muonshard_status allocate(builder *b, error_text *error) {
     return MUONSHARD_OK;
 }
 
-muonshard_status plan_make(plan *p, const registry *r, const settings *s, int world_size,
-                           error_text *error) {
+/* `whole`: runs of a stack as long as there are ranks stay waves, which need no packing. */
+static muonshard_status build(plan *p, const registry *r, const settings *s, int world_size,
+                              bool whole, error_text *error) {
     *p = (plan){.world_size = world_size};
     builder b = {.p = p, .r = r, .s = s};
     muonshard_status status;
@@ -441,7 +441,7 @@ muonshard_status plan_make(plan *p, const registry *r, const settings *s, int wo
     TRY_GOTO(ownership_price(r, s, b.cost, NULL, error), done);
     for (size_t i = 0; i < r->tensor_count; i++)
         if (r->tensors[i].role == MUONSHARD_ROLE_MATRIX)
-            TRY_GOTO(make_whole_waves(&b, &r->tensors[i], error), done);
+            TRY_GOTO(make_whole_waves(&b, &r->tensors[i], whole, error), done);
     TRY_GOTO(
         ownership_assign(r, s, world_size, b.cost, b.loose, b.loose_count, p->view_owner, error),
         done);
@@ -459,6 +459,30 @@ done:
     free(b.held);
     if (status)
         plan_free(p);
+    return status;
+}
+
+/* What a policy that goes by cost takes for even; ranks with two matrices can reach it where costs
+ * allow. */
+#define EVEN 1.05
+
+muonshard_status plan_make(plan *p, const registry *r, const settings *s, int world_size,
+                           error_text *error) {
+    TRY(build(p, r, s, world_size, true, error));
+    if (s->ownership != OWNERSHIP_BALANCED || p->imbalance <= EVEN)
+        return MUONSHARD_OK;
+    /* Whole waves give all ranks the same, and may leave too little to make up for the rest. */
+    plan loose;
+    const muonshard_status status = build(&loose, r, s, world_size, false, error);
+    if (status == MUONSHARD_OK && loose.imbalance < p->imbalance - 0.01) {
+        const plan kept = *p;
+        *p = loose;
+        loose = kept;
+    }
+    if (status)
+        plan_free(p);
+    else
+        plan_free(&loose);
     return status;
 }
 

@@ -82,8 +82,8 @@ typedef struct plan {
     size_t pack_bytes, largest_unpacked_bytes, scratch_bytes, gather_bytes;
     /* a step, bytes a rank */
     size_t bytes_reduced, bytes_gathered, bytes_packed, bytes_padded;
-    size_t bytes_state; /* momentum, AdamW's, variance, masters */
-    double imbalance;   /* largest / mean Newton-Schulz cost over the ranks; 1 without matrices */
+    double cost;      /* of Newton-Schulz, mean of a rank: ns_program_cost */
+    double imbalance; /* largest / mean of it over the ranks; 1 without matrices */
 } plan;
 
 muonshard_status plan_make(plan *p, const registry *r, const settings *s, int world_size,
