@@ -17,7 +17,7 @@
 
 static const command_option options[] = {
     {"-b", COMMAND_VALUE, false, "SIZE", "first size: bytes (K, M, G) of comm, side of ns"},
-    {"-e", COMMAND_VALUE, false, "SIZE", "last size"},
+    {"-e", COMMAND_VALUE, false, "SIZE", "last size; bytes of an array of --calibrate"},
     {"-f", COMMAND_VALUE, false, "FACTOR", "from a size to the next"},
     {"-i", COMMAND_VALUE, false, "SIZE", "or the difference between sizes"},
     {"-n", COMMAND_VALUE, false, "N", "timed runs (default 20)"},
@@ -31,16 +31,18 @@ static const command_option options[] = {
      "step: a backward pass of so long, during which gradients become ready"},
     {"--link", COMMAND_VALUE, false, "GBS[,US]",
      "step: no faster than a link of so many GB/s and microseconds a message"},
+    {"--calibrate", COMMAND_VALUE, false, "FILE",
+     "in place of a kind: write this machine's rates and links, for muonshard plan --machine"},
 };
 
 static const command_usage usage = {
     .name = "bench",
     .synopsis = "ns|comm|step [MODEL] [-b -e -f -i SIZE] [-n -w N] [-c 0|1] [-J FILE] "
-                "[key=value...]",
+                "[key=value...]\n       muonshard bench --calibrate FILE [-n -w N] [key=value...]",
     .doc = "Times Newton-Schulz, the collectives, or whole optimizer steps of a model file; under "
            "mpirun\non every rank, of which the slowest counts. All values of the config hold, "
            "threads=N too.",
-    .positional_min = 1,
+    .positional_min = 0,
     .positional_max = 2,
     .overrides = true,
     .options = options,
@@ -123,7 +125,7 @@ muonshard_status bench_add_row(bench *b, json_t *row) {
                : MUONSHARD_OK;
 }
 
-static void processor_name(char *name, size_t size) {
+void bench_processor(char *name, size_t size) {
     FILE *file = fopen("/proc/cpuinfo", "r");
     char line[256];
     snprintf(name, size, "unknown");
@@ -149,7 +151,7 @@ static void blas_name(char *name, size_t size) {
 static json_t *machine_json(const bench *b) {
     char host[64] = "", cpu[128], blas[64];
     gethostname(host, sizeof host - 1);
-    processor_name(cpu, sizeof cpu);
+    bench_processor(cpu, sizeof cpu);
     blas_name(blas, sizeof blas);
     return json_pack("{s:s, s:s, s:I, s:s, s:s}", "host", host, "cpu", cpu, "cores",
                      (json_int_t)sysconf(_SC_NPROCESSORS_ONLN), "kernels",
@@ -197,7 +199,7 @@ static muonshard_status write_json(bench *b, const char *path, const char *line)
 
 static void print_head(const bench *b, const char *line) {
     char cpu[128], blas[64];
-    processor_name(cpu, sizeof cpu);
+    bench_processor(cpu, sizeof cpu);
     blas_name(blas, sizeof blas);
     const bench_ceilings *c = &b->ceilings;
     bench_print(b, "# %s\n# %d rank%s, %d thread%s each; %s, %s kernels; %s\n", line, b->cmd->size,
@@ -261,11 +263,16 @@ static muonshard_status read_options(bench *b, const command_args *args) {
     if (b->factor <= 1.0)
         return message_fail(b->message, MUONSHARD_ERR_ARGUMENT, "-f is %g; it has to be above 1",
                             b->factor);
+    const bool calibrates = command_option_value(&usage, args, "--calibrate") != NULL;
+    if (calibrates == (args->positional_count > 0))
+        return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+                            calibrates ? "--calibrate takes no kind and no model"
+                                       : "what is to be measured? ns, comm or step; or --calibrate");
     const bool needs_model = strcmp(b->kind, "step") == 0;
-    if (strcmp(b->kind, "ns") && strcmp(b->kind, "comm") && !needs_model)
+    if (strcmp(b->kind, "ns") && strcmp(b->kind, "comm") && !needs_model && !calibrates)
         return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
                             "'%s' can't be measured; ns, comm and step can", b->kind);
-    if (needs_model != (args->positional_count == 2))
+    if (needs_model != (args->positional_count == 2) && !calibrates)
         return message_fail(
             b->message, MUONSHARD_ERR_ARGUMENT,
             needs_model ? "step needs a model file" : "%s takes no further argument", b->kind);
@@ -292,6 +299,9 @@ static void join(char *line, size_t size, int argc, char **argv) {
 
 static muonshard_status run(bench *b, const command_args *args, const char *line) {
     print_head(b, line);
+    const char *machine = command_option_value(&usage, args, "--calibrate");
+    if (machine)
+        return bench_calibrate(b, machine);
     if (strcmp(b->kind, "ns") == 0)
         TRY(bench_ns(b, command_option_value(&usage, args, "--shapes")));
     else if (strcmp(b->kind, "comm") == 0)
@@ -319,7 +329,7 @@ int command_bench(int argc, char **argv) {
     bench b = {.cmd = &cmd, .kind = ""};
     muonshard_status status = command_start(&cmd, &usage, &args, argc, argv);
     if (status == MUONSHARD_OK) {
-        b.kind = args.positional[0];
+        b.kind = args.positional_count ? args.positional[0] : "";
         status = command_agree(&cmd, read_options(&b, &args), b.message);
     }
     const bool has_model = status == MUONSHARD_OK && args.positional_count == 2;
@@ -328,7 +338,8 @@ int command_bench(int argc, char **argv) {
         status = command_configure(&cmd, has_model ? args.positional[1] : NULL, &args,
                                    has_model ? model_file_table : NULL,
                                    has_model ? model_file_table_count : 0, &model);
-    if (status == MUONSHARD_OK)
+    const bool on_backend = has_model || (status == MUONSHARD_OK && !args.positional_count);
+    if (status == MUONSHARD_OK && !on_backend) /* ns and comm measure the host's */
         status = command_on_host(&cmd);
     char line[1024];
     join(line, sizeof line, argc, argv);

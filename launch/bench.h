@@ -81,5 +81,10 @@ muonshard_status bench_read_backward(const char *text, double *seconds, char *me
 muonshard_status bench_ns(bench *b, const char *shapes);
 muonshard_status bench_comm(bench *b, const char *op);
 muonshard_status bench_step(bench *b, const char *backward, const char *link);
+/* Writes a machine file. */
+muonshard_status bench_calibrate(bench *b, const char *path);
+
+/* The processor's name. */
+void bench_processor(char *name, size_t size);
 
 #endif

@@ -28,21 +28,33 @@ static muonshard_status failed(const step_case *c, muonshard_status status, cons
 
 /* ---- tensors ---- */
 
+static muonshard_status failed_backend(const step_case *c, muonshard_status status) {
+    return failed(c, status, c->optimizer->backend->error.text);
+}
+
 /* Uniform in [-1e-3, 1e-3), the same on all ranks, whose mean it therefore is. */
-static muonshard_status fill_gradient(void *grad, muonshard_dtype dtype, size_t count,
-                                      uint64_t seed) {
-    float block[1024];
+static muonshard_status fill_gradient(const step_case *c, void *grad, muonshard_dtype dtype,
+                                      size_t count, uint64_t seed) {
+    enum { BLOCK = 65536 };
+    backend *memory = c->optimizer->backend;
+    float *block = malloc(2 * BLOCK * sizeof *block);
+    muonshard_status status =
+        block ? MUONSHARD_OK : message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
     uint64_t state = seed * 2654435761U + 1;
-    for (size_t done = 0; done < count;) {
-        const size_t n = count - done < 1024 ? count - done : 1024;
+    for (size_t done = 0; done < count && status == MUONSHARD_OK;) {
+        const size_t n = count - done < BLOCK ? count - done : BLOCK;
         for (size_t i = 0; i < n; i++) {
             state = state * 6364136223846793005U + 1442695040888963407U;
             block[i] = (float)((double)(state >> 40) / 8388608e3 - 1e-3);
         }
-        dtype_store((char *)grad + done * dtype_size(dtype), dtype, block, n);
+        dtype_store(block + BLOCK, dtype, block, n);
+        const copy_item item = {(char *)grad + done * dtype_size(dtype), block + BLOCK,
+                                n * dtype_size(dtype)};
+        status = failed_backend(c, memory->ops->copy(memory, &item, 1, STREAM_COMPUTE));
         done += n;
     }
-    return MUONSHARD_OK;
+    free(block);
+    return status;
 }
 
 static muonshard_dtype gradient_dtype(const muonshard_tensor_desc *d) {
@@ -57,18 +69,37 @@ static muonshard_status add_tensors(step_case *c) {
         for (int k = 0; k < d.dims; k++)
             count *= (size_t)d.shape[k];
         c->elements += (double)count;
-        d.param = c->params[i] = calloc(count, dtype_size(d.dtype));
-        d.grad = c->grads[i] = malloc(count * dtype_size(gradient_dtype(&d)));
         /* Zeros, so that the first step leaves minus the update in their place. */
-        if (!c->params[i] || !c->grads[i])
-            return message_fail(c->b->message, MUONSHARD_ERR_MEMORY,
-                                "no memory for tensor '%s' of %zu elements", d.name, count);
-        fill_gradient(c->grads[i], gradient_dtype(&d), count, i);
-        const muonshard_status status = muonshard_add_tensor(c->optimizer, &d, NULL);
+        backend *memory = c->optimizer->backend;
+        muonshard_status status =
+            memory->ops->alloc(memory, &c->params[i], count * dtype_size(d.dtype));
+        if (status == MUONSHARD_OK)
+            status = memory->ops->alloc(memory, &c->grads[i], count * dtype_size(gradient_dtype(&d)));
+        if (status)
+            return message_fail(c->b->message, status, "tensor '%s' of %zu elements: %s", d.name,
+                                count, memory->error.text);
+        d.param = c->params[i];
+        d.grad = c->grads[i];
+        TRY(fill_gradient(c, c->grads[i], gradient_dtype(&d), count, i));
+        status = muonshard_add_tensor(c->optimizer, &d, NULL);
         if (status)
             return failed(c, status, muonshard_last_error(c->optimizer));
     }
     return MUONSHARD_OK;
+}
+
+/* Before the optimizer, whose backend has the memory. */
+static void close_optimizer(step_case *c) {
+    for (size_t i = 0; c->optimizer && i < c->b->model->tensor_count; i++) {
+        backend *memory = c->optimizer->backend;
+        if (c->params[i])
+            memory->ops->free(memory, c->params[i]);
+        if (c->grads[i])
+            memory->ops->free(memory, c->grads[i]);
+        c->params[i] = c->grads[i] = NULL;
+    }
+    muonshard_destroy(c->optimizer);
+    c->optimizer = NULL;
 }
 
 /* ---- a step ---- */
@@ -95,8 +126,11 @@ static muonshard_status run_backward(step_case *c) {
 static muonshard_status run_step(void *user) {
     step_case *c = user;
     muonshard_status status = c->backward > 0.0 ? run_backward(c) : MUONSHARD_OK;
+    muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
     if (status == MUONSHARD_OK)
         status = muonshard_step(c->optimizer, NULL);
+    if (status == MUONSHARD_OK) /* a device is waited for */
+        status = muonshard_step_result(c->optimizer, 0, 1, &result);
     return failed(c, status, muonshard_last_error(c->optimizer));
 }
 
@@ -107,11 +141,20 @@ static muonshard_status check_view(step_case *c, const view *v, ns_dtype dtype, 
     const registry *r = &c->optimizer->registry;
     const tensor *t = &r->tensors[v->tensor];
     const size_t count = view_elements(v);
-    float *g = malloc(2 * count * sizeof *g);
+    backend *memory = c->optimizer->backend;
+    float *g = malloc(4 * count * sizeof *g);
     if (!g)
         return message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
-    dtype_load(g, tensor_grad_at(t, v->offset), t->grad_dtype, count);
-    dtype_load(g + count, tensor_param_at(t, v->offset), t->dtype, count);
+    const copy_item items[] = {
+        {g + 2 * count, tensor_grad_at(t, v->offset), count * dtype_size(t->grad_dtype)},
+        {g + 3 * count, tensor_param_at(t, v->offset), count * dtype_size(t->dtype)}};
+    const muonshard_status copied = memory->ops->copy(memory, items, 2, STREAM_COMPUTE);
+    if (copied) {
+        free(g);
+        return failed_backend(c, copied);
+    }
+    dtype_load(g, g + 2 * count, t->grad_dtype, count);
+    dtype_load(g + count, g + 3 * count, t->dtype, count);
     for (size_t i = 0; i < count; i++)
         g[count + i] = -g[count + i];
     if (t->dtype != MUONSHARD_FP32) /* then it is the rounding of W that is seen */
@@ -300,8 +343,7 @@ static muonshard_status measure(step_case *c, bool linked) {
     muonshard_stats(c->optimizer, &after);
     TRY(mean_phases(c, &before, &after, &mean));
     const double flops = (after.ns_flops - before.ns_flops) / b->iterations;
-    muonshard_destroy(c->optimizer); /* which closes the trace */
-    c->optimizer = NULL;
+    close_optimizer(c); /* and the trace with it */
     return add_row(c, time, &mean, &after, flops, used, wrong);
 }
 
@@ -387,14 +429,10 @@ muonshard_status bench_step(bench *b, const char *backward, const char *link) {
         status = create(&c);
     if (status == MUONSHARD_OK)
         status = measure(&c, link != NULL);
-    muonshard_destroy(c.optimizer);
+    close_optimizer(&c);
     unlink(c.trace);
     if (c.comm != b->cmd->comm)
         muonshard_comm_destroy(c.comm);
-    for (size_t i = 0; i < b->model->tensor_count; i++) {
-        free(c.params ? c.params[i] : NULL);
-        free(c.grads ? c.grads[i] : NULL);
-    }
     free(c.params);
     free(c.grads);
     return status;
