@@ -265,9 +265,10 @@ static muonshard_status read_options(bench *b, const command_args *args) {
                             b->factor);
     const bool calibrates = command_option_value(&usage, args, "--calibrate") != NULL;
     if (calibrates == (args->positional_count > 0))
-        return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
-                            calibrates ? "--calibrate takes no kind and no model"
-                                       : "what is to be measured? ns, comm or step; or --calibrate");
+        return message_fail(
+            b->message, MUONSHARD_ERR_ARGUMENT,
+            calibrates ? "--calibrate takes no kind and no model"
+                       : "too few arguments: ns, comm or step is to be said, or --calibrate");
     const bool needs_model = strcmp(b->kind, "step") == 0;
     if (strcmp(b->kind, "ns") && strcmp(b->kind, "comm") && !needs_model && !calibrates)
         return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,

@@ -74,7 +74,8 @@ static muonshard_status add_tensors(step_case *c) {
         muonshard_status status =
             memory->ops->alloc(memory, &c->params[i], count * dtype_size(d.dtype));
         if (status == MUONSHARD_OK)
-            status = memory->ops->alloc(memory, &c->grads[i], count * dtype_size(gradient_dtype(&d)));
+            status =
+                memory->ops->alloc(memory, &c->grads[i], count * dtype_size(gradient_dtype(&d)));
         if (status)
             return message_fail(c->b->message, status, "tensor '%s' of %zu elements: %s", d.name,
                                 count, memory->error.text);

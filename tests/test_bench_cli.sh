@@ -109,7 +109,7 @@ refused "report: no gnuplot" 20 "gnuplot" env PATH=/nowhere "$muonshard" report 
 refused "report: nowhere to write" 15 "nowhere" "$muonshard" report ns.json --out nowhere/page.html
 [ -z "$(find . -name 'none.html*')" ] && echo "ok    report: nothing is left of a page that failed" || failed "something is left"
 
-refused "bench: no kind" 11 "usage" "$muonshard" bench
+refused "bench: no kind" 11 "too few arguments" "$muonshard" bench
 refused "bench: another kind" 11 "'nx'" "$muonshard" bench nx
 refused "bench: a shape" 11 "--shapes: 'x3'" "$muonshard" bench ns --shapes 4x4,x3
 refused "bench: an operation" 11 "--op is 'reduce'" "$muonshard" bench comm --op reduce
