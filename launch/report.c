@@ -12,6 +12,8 @@
 #include "message.h"
 #include "muonshard_mpi.h"
 
+#define SCHEMA 2 /* of muonshard bench and plan */
+
 static const command_option options[] = {
     {"--out", COMMAND_VALUE, false, "PAGE", "where to write (default report.html)"},
 };
@@ -136,10 +138,16 @@ muonshard_status report_read(const char *path, report_file *file, char *message)
         return message_fail(message, MUONSHARD_ERR_CONFIG, "%s:%d: %s", path, error.line,
                             error.text);
     const json_t *schema = json_object_get(file->root, "schema");
-    if (!json_is_integer(schema) || json_integer_value(schema) != 1)
-        return message_fail(
-            message, MUONSHARD_ERR_CONFIG,
-            "%s: \"schema\" has to be 1: results of this version of muonshard bench", path);
+    if (json_is_integer(schema) && json_integer_value(schema) == 1)
+        return message_fail(message, MUONSHARD_ERR_CONFIG,
+                            "%s: \"schema\" is 1, of an earlier version, and has to be %d; measure "
+                            "again with this muonshard bench",
+                            path, SCHEMA);
+    if (!json_is_integer(schema) || json_integer_value(schema) != SCHEMA)
+        return message_fail(message, MUONSHARD_ERR_CONFIG,
+                            "%s: \"schema\" has to be %d: results of this version of muonshard "
+                            "bench or plan",
+                            path, SCHEMA);
     file->kind = json_string_value(json_object_get(file->root, "kind"));
     const kind *k = kind_of(file->kind);
     if (!k)
