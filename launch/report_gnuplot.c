@@ -49,6 +49,7 @@ static muonshard_status run(const gnuplot *p, char *message) {
     char path[64], name[] = "gnuplot";
     snprintf(path, sizeof path, "%s/program", p->folder);
     char *arguments[] = {name, path, NULL};
+    setenv("LC_ALL", "C.UTF-8", 1); /* without, it warns of letters and may write decimal commas */
     pid_t child;
     int outcome = 0;
     if (posix_spawnp(&child, name, NULL, NULL, arguments, environ) != 0)
