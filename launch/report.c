@@ -165,7 +165,8 @@ static muonshard_status check_origin(const json_t *root, const char *path, char 
     const json_t *measured = json_object_get(root, "measured");
     const char *origin = report_text(root, "origin");
     const bool is_measured = json_is_true(measured) || json_integer_value(measured) == 1;
-    if (!json_is_boolean(measured) && !json_is_integer(measured))
+    if (!is_measured && !json_is_false(measured) &&
+        !(json_is_integer(measured) && json_integer_value(measured) == 0))
         return message_fail(message, MUONSHARD_ERR_CONFIG, "%s: \"measured\" has to be 0 or 1",
                             path);
     if (!is_measured && strcmp(origin, "datasheet") && strcmp(origin, "measured"))

@@ -113,8 +113,10 @@ static muonshard_status draw_phases(const report_series *s, FILE *page, char *me
     for (size_t i = 0; i < s->count; i++) {
         const json_t *phases = json_object_get(s->points[i].row, "phases_us");
         fprintf(p.data, "%.0f", s->points[i].ranks);
-        for (size_t k = 0; k < PHASES; k++)
-            gnuplot_number(p.data, report_number(phases, phase_names[k]) / units[unit].us);
+        for (size_t k = 0; k < PHASES; k++) {
+            const double us = report_number(phases, phase_names[k]);
+            gnuplot_number(p.data, isfinite(us) ? us / units[unit].us : 0.0); /* null: no bar */
+        }
         gnuplot_number(p.data, s->points[i].step_us / units[unit].us);
         fputc('\n', p.data);
     }

@@ -123,6 +123,11 @@ printf '%s' "$(cat "sweep/tiny model's-strong-2.json")" | sed 's/"model": "tiny"
 runs "control characters" 0 "$muonshard" report control.json --out control.html
 says "don't reach the terminal" '^# a\?\[31m\?\?b, strong' stdout
 
+sed 's/"agree": .*,/"agree": null,/; s/_gbs": .*,/_gbs": null,/; s/"timeline": \[/"timeline": [], "other": [/' sheet2.json >nulls.json
+runs "what isn't known" 0 "$muonshard" report nulls.json --out nulls.html
+says "is a dash" "^ +2 .* - +- .* -$" stdout
+[ "$(grep -c '<svg' nulls.html)" -eq 1 ] && ok "one rank count: the breakdown alone" || failed "$(grep -c '<svg' nulls.html) pictures"
+
 # refused NAME PATTERN SED-COMMAND
 refused() {
     sed "$3" sheet2.json >bad.json
@@ -130,6 +135,7 @@ refused() {
     says "$1: why" "bad.json: $2" stderr
 }
 refused "no origin" '"origin" of what is simulated' 's/"origin": "datasheet"/"origin": "guess"/'
+refused "neither measured nor not" '"measured"' 's/"measured": 0/"measured": 2/'
 refused "another scaling" 'row 0: "scaling"' 's/"scaling": "strong"/"scaling": "sideways"/'
 refused "no ranks" 'row 0: "ranks"' 's/   "ranks": 2/   "ranks": 0/'
 refused "no time" 'row 0: "step_us.median"' 's/"median": .*,/"median": 0,/'
