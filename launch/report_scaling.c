@@ -132,7 +132,7 @@ static muonshard_status draw_phases(const report_series *s, FILE *page, char *me
           "array colours[8] = ['#b0b0b0', '#e0902f', '#8e6fb5', '#5fa8d3', '#1f5fbf', '#2e8b57', "
           "'#c0392b', '#d8c24a']\n"
           "plot for [k = 2:9] 'data' using k:xtic(1) lc rgb colours[k - 1] title names[k - 1], "
-          "'' using 0:10 with points pt 1 ps 1.2 lw 2 lc rgb '#000000' title 'whole step'\n",
+          "'' using 0:10 with points pt 1 ps 1.2 lw 2 lc rgb '#000000' title 'step, median'\n",
           code.out);
     return draw(&p, &code, page, message);
 }
@@ -282,7 +282,8 @@ static muonshard_status put_model(const report_series *series, size_t count, FIL
     for (size_t i = 0; i < count && status == MUONSHARD_OK; i++) {
         fputs("<figure>", page);
         status = draw_phases(&series[i], page, message);
-        fputs("<figcaption>Where a step goes (communication as far as it is waited for, each phase "
+        fputs("<figcaption>Where a step goes, means (communication as far as it is waited for, "
+              "each phase "
               "on its slowest rank): ",
               page);
         report_put_text(page, series[i].label);
