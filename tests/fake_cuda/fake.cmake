@@ -87,6 +87,16 @@ add_test(NAME train_fake_cuda COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/test_trai
 set_tests_properties(train_fake_cuda PROPERTIES TIMEOUT 300 LABELS fake ENVIRONMENT
   "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_hwloc_base_binding_policy=none;LD_LIBRARY_PATH=${FAKE_DIRECTORY};OPENBLAS_NUM_THREADS=1;FAKE_CUDA_DEVICES=4")
 
+# What is planned for a device, and steps, rates and links measured on one.
+set(FAKE_COMMAND_ENVIRONMENT
+  "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_hwloc_base_binding_policy=none;LD_LIBRARY_PATH=${FAKE_DIRECTORY};OPENBLAS_NUM_THREADS=1;FAKE_CUDA_DEVICES=4;FAKE_CUDA_PROTECT=0")
+add_test(NAME memory_fake_cuda COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/test_memory.sh
+  $<TARGET_FILE:muonshard_cmd> ${MPIEXEC_EXECUTABLE} cuda 1 2)
+set_tests_properties(memory_fake_cuda PROPERTIES TIMEOUT 300 LABELS fake ENVIRONMENT "${FAKE_COMMAND_ENVIRONMENT}")
+add_test(NAME bench_fake_cuda COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/test_bench_device.sh
+  $<TARGET_FILE:muonshard_cmd> ${MPIEXEC_EXECUTABLE})
+set_tests_properties(bench_fake_cuda PROPERTIES TIMEOUT 300 LABELS fake ENVIRONMENT "${FAKE_COMMAND_ENVIRONMENT}")
+
 # ---- on a card: ctest -L gpu ----
 
 function(gpu_test name)
