@@ -218,15 +218,16 @@ static muonshard_status check_entries(muonshard_optimizer *o, int id, int64_t fi
     return MUONSHARD_OK;
 }
 
-/* A kernel that reads the host's memory ends the program's device, with no word of whose it was. */
+/* A kernel that reads what is not its device's ends the program's device, with no word of whose it
+ * was. */
 static muonshard_status check_memory(muonshard_optimizer *o, const char *name, const char *what,
                                      const void *memory) {
     const stream_ops *streams = o->backend->streams;
     FAIL_IF(
         streams && memory && !streams->is_device(o->backend, memory), &o->error,
         MUONSHARD_ERR_ARGUMENT,
-        "tensor '%s': its %s is memory of the host; the backend is %s, which wants the device's",
-        name ? name : "", what, o->backend->ops->name);
+        "tensor '%s': its %s is memory of the host or of another device; the backend is %s (%s)",
+        name ? name : "", what, o->backend->ops->name, o->backend->device_text);
     return MUONSHARD_OK;
 }
 
