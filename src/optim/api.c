@@ -436,9 +436,12 @@ muonshard_status muonshard_step_result(muonshard_optimizer *o, int64_t step, int
     FAIL_IF(r->step != wanted, &o->error, MUONSHARD_ERR_STATE,
             "the result of step %lld is not known yet", (long long)wanted);
     const int failed = o->failures[wanted % STEP_RESULTS].rank;
-    FAIL_IF(runs_ahead(o) && failed, &o->error, o->failures[wanted % STEP_RESULTS].status,
+    const muonshard_status status = o->failures[wanted % STEP_RESULTS].status;
+    FAIL_IF(runs_ahead(o) && failed, &o->error, status,
             "step %lld failed on rank %d: %s; nothing has changed", (long long)wanted, failed - 1,
-            muonshard_status_string(o->failures[wanted % STEP_RESULTS].status));
+            status == MUONSHARD_ERR_MISMATCH
+                ? "its learning rates, momentum, weight decay or grad_scale differ from rank 0's"
+                : muonshard_status_string(status));
     return give_struct(&o->error, r, sizeof *r, result, "result");
 }
 
