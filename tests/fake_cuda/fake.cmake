@@ -54,7 +54,10 @@ endfunction()
 foreach(name elementwise matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
   fake_test(${name})
 endforeach()
-fake_test(ranks ENVIRONMENT FAKE_CUDA_PROTECT=0)
+foreach(name ranks ranks_bits ranks_errors trace)
+  fake_test(${name} ENVIRONMENT FAKE_CUDA_PROTECT=0)
+endforeach()
+fake_test(ranks_rules ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_SEED=3") # what runs early must not read late gradients
 
 # Programs that make sense on a device only.
 function(device_program name)
