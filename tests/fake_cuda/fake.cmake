@@ -57,7 +57,9 @@ endforeach()
 foreach(name ranks ranks_bits ranks_errors trace)
   fake_test(${name} ENVIRONMENT FAKE_CUDA_PROTECT=0)
 endforeach()
-fake_test(ranks_rules ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_SEED=3") # what runs early must not read late gradients
+# What must not be read late, and what must not be read early.
+fake_test(ranks_rules ENVIRONMENT FAKE_CUDA_PROTECT=0)
+fake_test(ranks_rules TEST ranks_rules_early_fake_cuda ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_SEED=3")
 
 # Programs that make sense on a device only.
 function(device_program name)
