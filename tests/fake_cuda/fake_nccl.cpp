@@ -210,18 +210,25 @@ ncclResult_t end_group() {
     return ncclInProgress;
 }
 
+std::atomic<long> given[REDUCE + 1]; /* by kind */
+
 ncclResult_t add(ncclComm *c, cudaStream_t stream, action a) {
     if (group_comm && (group_comm != c || group_stream != stream))
         return ncclInvalidUsage;
     group_comm = c;
     group_stream = stream;
     group.push_back(a);
+    given[a.what]++;
     if (!group_depth)
         return end_group();
     return group.size() % 3 ? ncclSuccess : ncclInProgress; /* NCCL may say either */
 }
 
 } // namespace
+
+void fake_nccl_given(fake_collectives *out) {
+    *out = {given[REDUCE], given[BROADCAST], given[REDUCE_SCATTER], given[ALL_GATHER]};
+}
 
 extern "C" {
 
