@@ -14,6 +14,8 @@ void images_configure(muonshard_config *config) {
     const char *name = getenv("MUONSHARD_TEST_BACKEND"), *comm = getenv("MUONSHARD_TEST_COMM");
     if (name)
         muonshard_config_set(config, "backend", name);
+    if (name && getenv("MUONSHARD_TEST_SHARE"))
+        muonshard_config_set(config, "share_gpu", "true");
     if (name && comm)
         muonshard_config_set(config, "comm", comm);
 }
