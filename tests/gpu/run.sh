@@ -148,6 +148,7 @@ done
 MUONSHARD_TEST_ONLY='test_sums_of_integers' part integers_np4 ranks_on_card 4 $out/test_device_mpi
 # Its ranks are threads, and NCCL takes no two ranks of one process on one device: as many as there are devices.
 MUONSHARD_TEST_RANKS=$(nvidia-smi -L | wc -l) part test_comm_device on_card $out/test_comm_device
+# Likewise threads, on one device: NCCL refuses them, and what is traced goes through memory of the host.
 MUONSHARD_TEST_SHARE=1 part test_trace on_card $out/test_trace
 part test_gpt_device on_card $out/test_gpt_device
 if command -v compute-sanitizer >/dev/null; then
