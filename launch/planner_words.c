@@ -152,21 +152,28 @@ static cost largest_cost(const planner *p, const rank_plan *r, size_t *link) {
     return largest;
 }
 
+/* The optimizer's part of a step: what comes after the backward pass. */
+static double own_seconds(const planner *p, const rank_plan *r) {
+    return r->step - p->options.backward;
+}
+
 static void advise_scaling(const planner *p, const rank_plan *plans, size_t count) {
     size_t last = count - 1, link = 0;
     for (size_t i = 0; i + 1 < count && last == count - 1; i++)
-        if (plans[i + 1].step > 0.9 * plans[i].step)
+        if (own_seconds(p, &plans[i + 1]) > 0.9 * own_seconds(p, &plans[i]))
             last = i;
     const cost largest = largest_cost(p, &plans[last], &link);
     const char *name = largest.on_link ? p->machine.links[link].name : "";
-    if (count > 1 && last + 1 < count)
-        say("scaling: up to %d ranks; %d take %.2f of its time. There most of a step (%.0f of %.0f "
-            "us) is %s%s%s",
-            plans[last].ranks, plans[last + 1].ranks, plans[last + 1].step / plans[last].step,
-            1e6 * largest.seconds, 1e6 * plans[last].step, largest.what, *name ? " " : "", name);
+    const double own = own_seconds(p, &plans[last]);
+    if (last + 1 < count)
+        say("scaling: up to %d rank%s; %d take %.2f of the time. There most (%.0f of %.0f us) is "
+            "%s%s%s",
+            plans[last].ranks, plans[last].ranks == 1 ? "" : "s", plans[last + 1].ranks,
+            own_seconds(p, &plans[last + 1]) / own, 1e6 * largest.seconds, 1e6 * own, largest.what,
+            *name ? " " : "", name);
     else
-        say("scaling: at %d ranks most of a step (%.0f of %.0f us) is %s%s%s", plans[last].ranks,
-            1e6 * largest.seconds, 1e6 * plans[last].step, largest.what, *name ? " " : "", name);
+        say("scaling: at %d ranks most of the time (%.0f of %.0f us) is %s%s%s", plans[last].ranks,
+            1e6 * largest.seconds, 1e6 * own, largest.what, *name ? " " : "", name);
 }
 
 muonshard_status planner_advise(const planner *p, const rank_plan *plans, size_t count,
