@@ -33,6 +33,7 @@ static const command_option options[] = {
      "step: no faster than a link of so many GB/s and microseconds a message"},
     {"--calibrate", COMMAND_VALUE, false, "FILE",
      "in place of a kind: write this machine's rates and links, for muonshard plan --machine"},
+    {"--weak", COMMAND_FLAG, false, NULL, "step: every tensor as often as there are ranks"},
 };
 
 static const command_usage usage = {
@@ -256,6 +257,7 @@ static muonshard_status read_options(bench *b, const command_args *args) {
     TRY(read_count(args, "-w", 3, 0, 1000000, &b->warmup, b->message));
     TRY(read_count(args, "-c", 1, 0, 1, &check, b->message));
     b->check = check != 0;
+    b->weak = command_option_given(&usage, args, "--weak").count > 0;
     TRY(read_size(args, "-b", 0.0, &b->begin, b->message));
     TRY(read_size(args, "-e", 0.0, &b->end, b->message));
     TRY(read_size(args, "-f", 2.0, &b->factor, b->message));
@@ -265,9 +267,10 @@ static muonshard_status read_options(bench *b, const command_args *args) {
                             b->factor);
     const bool calibrates = command_option_value(&usage, args, "--calibrate") != NULL;
     if (calibrates == (args->positional_count > 0))
-        return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
-                            calibrates ? "--calibrate takes no kind and no model"
-                                       : "what is to be measured? ns, comm or step; or --calibrate");
+        return message_fail(
+            b->message, MUONSHARD_ERR_ARGUMENT,
+            calibrates ? "--calibrate takes no kind and no model"
+                       : "too few arguments: ns, comm or step is to be said, or --calibrate");
     const bool needs_model = strcmp(b->kind, "step") == 0;
     if (strcmp(b->kind, "ns") && strcmp(b->kind, "comm") && !needs_model && !calibrates)
         return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,

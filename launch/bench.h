@@ -12,7 +12,7 @@
 #include "model_file.h"
 #include "settings.h"
 
-#define BENCH_SCHEMA 1
+#define BENCH_SCHEMA 2
 
 /* Seconds. */
 typedef struct bench_time {
@@ -36,6 +36,7 @@ typedef struct bench {
     const char *kind;
     int iterations, warmup;
     bool check;
+    bool weak;                       /* step: every tensor as often as there are ranks */
     double begin, end, factor, step; /* -b, -e, -f, -i; 0: not given */
     bench_ceilings ceilings;
     double *seconds; /* own, [iterations] */

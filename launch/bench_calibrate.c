@@ -22,14 +22,14 @@ enum {
 
 typedef struct calibration {
     bench *b;
-    muonshard_optimizer *o; /* own: for its backend and communicator */
-    backend *memory;        /* of o */
-    size_t elements;        /* of an array; of a pass */
-    float *array[ARRAYS];   /* own, backend's, [elements] */
-    step_record *record;    /* own, backend's: no skip */
-    tensor_values *values;  /* own, backend's, [1] */
-    uint8_t *active;        /* own, backend's, [1] */
-    double *sum;            /* own, backend's, [1] */
+    muonshard_optimizer *o;  /* own: for its backend and communicator */
+    backend *memory;         /* of o */
+    size_t elements;         /* of an array; of a pass */
+    float *array[ARRAYS];    /* own, backend's, [elements] */
+    step_record *record;     /* own, backend's: no skip */
+    tensor_values *values;   /* own, backend's, [1] */
+    uint8_t *active;         /* own, backend's, [1] */
+    double *sum;             /* own, backend's, [1] */
     double pass[PASS_COUNT]; /* bytes a second */
     machine_rate rates[MOST_RATES];
     size_t rate_count;
@@ -40,9 +40,9 @@ typedef struct calibration {
 /* What is timed at the moment. */
 typedef struct probe {
     calibration *c;
-    int pass;             /* machine_pass, or -1 */
-    size_t elements;      /* of a pass */
-    ns_program *program;  /* Newton-Schulz */
+    int pass;            /* machine_pass, or -1 */
+    size_t elements;     /* of a pass */
+    ns_program *program; /* Newton-Schulz */
     int64_t m, n;
     size_t count;
     orthogonalize_item *items; /* [count] */
@@ -104,8 +104,8 @@ static muonshard_status run_pass(void *user) {
     }
     case PASS_APPLY: {
         const apply_args args = {.decay = DECAY_DECOUPLED};
-        const apply_item item = {.w = a[0], .u = a[1], .rows = 1024, .cols = (int64_t)count / 1024,
-                                 .scale = 1.0};
+        const apply_item item = {
+            .w = a[0], .u = a[1], .rows = 1024, .cols = (int64_t)count / 1024, .scale = 1.0};
         status = m->ops->apply(m, &context, &args, &item, 1);
         break;
     }
@@ -126,7 +126,8 @@ static muonshard_status measure_passes(calibration *c) {
         p.elements = 1024;
         TRY(bench_measure(c->b, run_pass, &p, &few));
         /* Of sums, two arrays of half the elements are read and one written. */
-        const double bytes = pass == PASS_SUM ? 6.0 * (double)c->elements : pass_bytes(pass, c->elements);
+        const double bytes =
+            pass == PASS_SUM ? 6.0 * (double)c->elements : pass_bytes(pass, c->elements);
         c->pass[pass] = bytes / fmax(all.median - few.median, 1e-9);
         c->launch = pass == 0 || few.median < c->launch ? few.median : c->launch;
     }
@@ -159,8 +160,8 @@ static muonshard_status measure_shape(calibration *c, int dtype, int64_t m, int6
     muonshard_status status = newton_schulz_compile(&s, MUONSHARD_FP32, m, n, &program, &error);
     if (status)
         return message_fail(c->b->message, status, "%s", error.text);
-    const size_t bytes = c->memory->ops->orthogonalize_workspace(
-        c->memory, &program, m, n, backend_at_once(c->memory, count));
+    const size_t bytes = c->memory->ops->orthogonalize_workspace(c->memory, &program, m, n,
+                                                                 backend_at_once(c->memory, count));
     p.items = calloc(count, sizeof *p.items);
     if (!p.items)
         return message_fail(c->b->message, MUONSHARD_ERR_MEMORY, "out of memory");
@@ -176,8 +177,7 @@ static muonshard_status measure_shape(calibration *c, int dtype, int64_t m, int6
     if (status == MUONSHARD_OK) {
         const double flops = ns_program_flops(&program, m, n);
         const double one = c->memory->ops->batched ? flops * (double)count : flops;
-        c->rates[c->rate_count++] =
-            (machine_rate){dtype, one, flops * (double)count / time.median};
+        c->rates[c->rate_count++] = (machine_rate){dtype, one, flops * (double)count / time.median};
     }
     if (p.workspace)
         c->memory->ops->free(c->memory, p.workspace);
@@ -196,8 +196,8 @@ static muonshard_status measure_rates(calibration *c) {
     for (size_t d = 0; d < dtypes; d++)
         for (size_t i = 0; i < most && c->rate_count < MOST_RATES; i++) {
             /* Small ones many times over, or a clock's tick is seen. */
-            const size_t count = gpu ? (sides[i] < 1024 ? 16 : 1)
-                                     : threads * (sides[i] < 128 ? 8 : 1);
+            const size_t count =
+                gpu ? (sides[i] < 1024 ? 16 : 1) : threads * (sides[i] < 128 ? 8 : 1);
             if ((size_t)(sides[i] * sides[i]) <= c->elements)
                 TRY(measure_shape(c, gpu ? on_gpu[d] : on_host[d], sides[i], sides[i], count));
         }
@@ -248,7 +248,8 @@ static void fit(const double *x, const double *y, const double *seconds, size_t 
         *beta = 1e-15;
 }
 
-/* One level joins all the ranks there are: what is between hosts is not told from what is inside. */
+/* One level joins all the ranks there are: what is between hosts is not told from what is inside.
+ */
 static muonshard_status measure_link(calibration *c) {
     const double ranks = c->b->cmd->size;
     double messages[MOST_SIZES], bytes[MOST_SIZES], seconds[MOST_SIZES];
@@ -257,8 +258,8 @@ static muonshard_status measure_link(calibration *c) {
     one.links[0] = (machine_link){.ranks = ranks, .bandwidth = 1.0, .latency = 1.0};
     if (c->b->cmd->size < 2)
         return MUONSHARD_OK;
-    for (size_t slot = 4096; slot * (size_t)ranks <= sizeof(float) * c->elements && count < MOST_SIZES;
-         slot *= 4) {
+    for (size_t slot = 4096;
+         slot * (size_t)ranks <= sizeof(float) * c->elements && count < MOST_SIZES; slot *= 4) {
         probe p = {.c = c, .kind = COMM_ALL_GATHER, .slot = slot};
         bench_time time;
         TRY(bench_measure(c->b, run_collective, &p, &time));
@@ -317,19 +318,23 @@ static muonshard_status write_machine(const calibration *c, const char *path) {
     else
         fprintf(file, "links: []\n");
     const int unwritten = ferror(file) | fclose(file);
-    return unwritten ? message_fail(c->b->message, MUONSHARD_ERR_IO, "%s: %s", path,
-                                    strerror(errno))
-                     : MUONSHARD_OK;
+    return unwritten
+               ? message_fail(c->b->message, MUONSHARD_ERR_IO, "%s: %s", path, strerror(errno))
+               : MUONSHARD_OK;
 }
 
 static muonshard_status reserve(calibration *c) {
     muonshard_status status = MUONSHARD_OK;
     const uint8_t one = 1;
     void *memory[ARRAYS + 4] = {NULL};
-    const size_t bytes[ARRAYS + 4] = {sizeof(float) * c->elements, sizeof(float) * c->elements,
-                                      sizeof(float) * c->elements, sizeof(float) * c->elements,
-                                      sizeof(step_record),      sizeof(tensor_values),
-                                      sizeof one,               sizeof(double)};
+    const size_t bytes[ARRAYS + 4] = {sizeof(float) * c->elements,
+                                      sizeof(float) * c->elements,
+                                      sizeof(float) * c->elements,
+                                      sizeof(float) * c->elements,
+                                      sizeof(step_record),
+                                      sizeof(tensor_values),
+                                      sizeof one,
+                                      sizeof(double)};
     for (size_t i = 0; i < ARRAYS + 4 && status == MUONSHARD_OK; i++)
         status = c->memory->ops->alloc(c->memory, &memory[i], bytes[i]);
     for (size_t i = 0; i < ARRAYS; i++)

@@ -19,6 +19,8 @@ typedef struct step_case {
     void **params, **grads;         /* own, [tensor_count] */
     double backward;                /* seconds */
     double elements;                /* of all tensors */
+    double bytes;                   /* of all parameters */
+    const char *dtype;              /* theirs, or "mixed" */
     char trace[64];                 /* a file of our own */
 } step_case;
 
@@ -69,12 +71,16 @@ static muonshard_status add_tensors(step_case *c) {
         for (int k = 0; k < d.dims; k++)
             count *= (size_t)d.shape[k];
         c->elements += (double)count;
+        c->bytes += (double)(count * dtype_size(d.dtype));
+        c->dtype =
+            !c->dtype || strcmp(c->dtype, dtype_name(d.dtype)) == 0 ? dtype_name(d.dtype) : "mixed";
         /* Zeros, so that the first step leaves minus the update in their place. */
         backend *memory = c->optimizer->backend;
         muonshard_status status =
             memory->ops->alloc(memory, &c->params[i], count * dtype_size(d.dtype));
         if (status == MUONSHARD_OK)
-            status = memory->ops->alloc(memory, &c->grads[i], count * dtype_size(gradient_dtype(&d)));
+            status =
+                memory->ops->alloc(memory, &c->grads[i], count * dtype_size(gradient_dtype(&d)));
         if (status)
             return message_fail(c->b->message, status, "tensor '%s' of %zu elements: %s", d.name,
                                 count, memory->error.text);
@@ -281,11 +287,25 @@ static json_t *phases_json(const phases *p) {
                      1e6 * p->apply);
 }
 
+/* {state, workspace, pinned} of the rank that has most. Collective. */
+static muonshard_status most_memory(const step_case *c, const muonshard_stats_info *s,
+                                    json_t **memory) {
+    double most[] = {(double)s->bytes_state, (double)s->bytes_workspace, (double)s->bytes_pinned};
+    muonshard_comm *comm = c->b->cmd->comm;
+    TRY(failed(c, muonshard_comm_allreduce(comm, most, 3, MUONSHARD_REDUCE_MAX),
+               muonshard_comm_last_error(comm)));
+    *memory = json_pack("{s:I, s:I, s:I}", "state", (json_int_t)most[0], "workspace",
+                        (json_int_t)most[1], "pinned", (json_int_t)most[2]);
+    return MUONSHARD_OK;
+}
+
 static muonshard_status add_row(const step_case *c, bench_time time, const phases *p,
                                 const muonshard_stats_info *s, double ns_flops, double link_busy,
                                 double wrong) {
     bench *b = c->b;
     const double ranks = b->cmd->size, share = (ranks - 1.0) / ranks;
+    json_t *memory = NULL;
+    TRY(most_memory(c, s, &memory));
     json_t *timeline = read_timeline(c->trace);
     const double rs = (double)s->bytes_reduced * share / time_under_way(timeline, "reduce-scatter");
     const double ag = (double)s->bytes_gathered * share / time_under_way(timeline, "all-gather");
@@ -295,7 +315,7 @@ static muonshard_status add_row(const step_case *c, bench_time time, const phase
     bench_print(b,
                 "  %6d %8lld %12.0f  %-5s %10.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.2f "
                 "%9.2f %9.1f %8.1f %9.2f %7s\n",
-                b->cmd->size, (long long)s->matrices, 4.0 * c->elements, "fp32", 1e6 * time.median,
+                b->cmd->size, (long long)s->matrices, c->bytes, c->dtype, 1e6 * time.median,
                 1e6 * p->pack, 1e6 * p->reduce_scatter, 1e6 * p->momentum, 1e6 * p->orthogonalize,
                 1e6 * p->elementwise, 1e6 * p->all_gather, 1e6 * p->apply, 1e-9 * rs, 1e-9 * ag,
                 1e-9 * ns_rate, 100.0 * exposed, s->imbalance,
@@ -309,14 +329,15 @@ static muonshard_status add_row(const step_case *c, bench_time time, const phase
                     1e6 * link_busy, 1e6 * waited, 100.0 * waited / link_busy);
     return bench_add_row(
         b,
-        json_pack("{s:s, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "model",
-                  b->model->name, "matrices", (json_int_t)s->matrices, "bytes",
-                  bench_number(4.0 * c->elements), "step_us", bench_time_json(time), "phases_us",
-                  phases_json(p), "ns_gflops", bench_number(1e-9 * ns_rate), "rs_busbw_gbs",
-                  bench_number(1e-9 * rs), "ag_busbw_gbs", bench_number(1e-9 * ag), "exposed",
-                  bench_number(exposed), "link_busy_us",
-                  bench_number(link_busy > 0.0 ? 1e6 * link_busy : NAN), "imbalance",
-                  bench_number(s->imbalance), "wrong", bench_number(wrong), "timeline", timeline));
+        json_pack(
+            "{s:s, s:i, s:s, s:s, s:o, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+            "model", b->model->name, "ranks", b->cmd->size, "scaling", b->weak ? "weak" : "strong",
+            "dtype", c->dtype, "memory", memory, "matrices", (json_int_t)s->matrices, "bytes",
+            bench_number(c->bytes), "step_us", bench_time_json(time), "phases_us", phases_json(p),
+            "ns_gflops", bench_number(1e-9 * ns_rate), "rs_busbw_gbs", bench_number(1e-9 * rs),
+            "ag_busbw_gbs", bench_number(1e-9 * ag), "exposed", bench_number(exposed),
+            "link_busy_us", bench_number(link_busy > 0.0 ? 1e6 * link_busy : NAN), "imbalance",
+            bench_number(s->imbalance), "wrong", bench_number(wrong), "timeline", timeline));
 }
 
 /* ---- the run ---- */
@@ -353,6 +374,15 @@ static muonshard_status prepare(step_case *c) {
     const muonshard_status status = model_file_parse(b->model, b->model_path, message);
     if (status)
         return message_fail(b->message, status, "%s", message);
+    if (b->model->expert_parallel > 1 || b->model->pipeline_parallel > 1)
+        return message_fail(
+            b->message, MUONSHARD_ERR_UNSUPPORTED,
+            "%s: expert_parallel is %lld and pipeline_parallel %lld, but a bench is "
+            "one data-parallel group; set expert_parallel=1 pipeline_parallel=1",
+            b->model_path, (long long)b->model->expert_parallel,
+            (long long)b->model->pipeline_parallel);
+    if (b->weak)
+        TRY(model_file_repeat(b->model, b->cmd->size, b->message));
     c->params = calloc(b->model->tensor_count + 1, sizeof *c->params);
     c->grads = calloc(b->model->tensor_count + 1, sizeof *c->grads);
     return c->params && c->grads ? MUONSHARD_OK

@@ -13,8 +13,8 @@
     { name, MUONSHARD_PARAM_##type, offsetof(machine, field), initial, min, max, choices, doc }
 #define PASS(name, pass_, doc)                                                                     \
     {                                                                                              \
-        "passes." name, MUONSHARD_PARAM_REAL,                                                      \
-            offsetof(machine, pass) + (pass_) * sizeof(double), "1000", 1e-3, 1e6, NULL, doc       \
+        "passes." name, MUONSHARD_PARAM_REAL, offsetof(machine, pass) + (pass_) * sizeof(double),  \
+            "1000", 1e-3, 1e6, NULL, doc                                                           \
     }
 
 static const muonshard_param table[] = {
@@ -152,7 +152,8 @@ static muonshard_status read_items(machine *m, const char *path, const char *key
 
 static int by_dtype_and_size(const void *left, const void *right) {
     const machine_rate *a = left, *b = right;
-    return a->dtype != b->dtype ? a->dtype - b->dtype : (a->flops > b->flops) - (a->flops < b->flops);
+    return a->dtype != b->dtype ? a->dtype - b->dtype
+                                : (a->flops > b->flops) - (a->flops < b->flops);
 }
 
 /* The library's own keys live in every config; here none has a meaning. */
@@ -165,9 +166,9 @@ static muonshard_status only_a_machine(const machine *m, const char *path, char 
         muonshard_config_get(m->config, key, given, sizeof given, NULL);
         muonshard_config_get(plain, key, usual, sizeof usual, NULL);
         if (strcmp(given, usual) != 0)
-            status = message_fail(message, MUONSHARD_ERR_CONFIG,
-                                  "%s: '%s' is a setting of the optimizer, not of a machine", path,
-                                  key);
+            status =
+                message_fail(message, MUONSHARD_ERR_CONFIG,
+                             "%s: '%s' is a setting of the optimizer, not of a machine", path, key);
     }
     muonshard_config_destroy(plain);
     return status;
@@ -195,7 +196,8 @@ static muonshard_status load(machine *m, const char *path, char *message) {
     if (status == MUONSHARD_OK)
         status = read_items(m, path, "links", m->link_lines, message);
     if (status == MUONSHARD_OK && !m->rate_count)
-        status = message_fail(message, MUONSHARD_ERR_CONFIG, "%s: newton_schulz has no rates", path);
+        status =
+            message_fail(message, MUONSHARD_ERR_CONFIG, "%s: newton_schulz has no rates", path);
     if (status == MUONSHARD_OK)
         qsort(m->rates, m->rate_count, sizeof *m->rates, by_dtype_and_size);
     return status;

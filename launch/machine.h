@@ -1,5 +1,6 @@
 /* machine.h - a machine as a file: how fast a rank computes, what memory it has, and the links that
- * join ranks, level by level. `muonshard bench --calibrate` writes one, a person with datasheets can.
+ * join ranks, level by level. `muonshard bench --calibrate` writes one, a person with datasheets
+ * can.
  *
  *   machine: h100
  *   origin: datasheet
@@ -65,23 +66,23 @@ typedef struct machine {
 muonshard_status machine_load(machine *m, const char *path, char *message);
 void machine_free(machine *m);
 
-/* Seconds of Newton-Schulz over `count` matrices of `flops` each; rates between those that are known
- * are interpolated, beyond the last ones they stay. NaN: no rate of this dtype is known. */
+/* Seconds of Newton-Schulz over `count` matrices of `flops` each; rates between those that are
+ * known are interpolated, beyond the last ones they stay. NaN: no rate of this dtype is known. */
 double machine_newton_schulz(const machine *m, int dtype, double flops, double count);
 /* Seconds of a pass over `bytes`. */
 double machine_pass_seconds(const machine *m, machine_pass pass, double bytes);
 
-/* How long links carry a reduce-scatter or all-gather of `slot` bytes a rank over `ranks` ranks that
- * are `stride` ranks apart. */
+/* How long links carry a reduce-scatter or all-gather of `slot` bytes a rank over `ranks` ranks
+ * that are `stride` ranks apart. */
 typedef struct machine_transfer {
     double latency, bandwidth; /* seconds, of each what it costs */
     size_t slowest;            /* link that sets the bandwidth */
 } machine_transfer;
 
-/* Ring (NCCL): a piece passes ranks - 1 links one after the other, and the slowest level has to pass
- * all pieces; the ranks of a group that are together below it share its links. Else, by exchange
- * (MPI): a message to every other rank. `filled`: slots that have something in them. `bytes`
- * [link_count], unless NULL, grows by what a rank sends over each link. */
+/* Ring (NCCL): a piece passes ranks - 1 links one after the other, and the slowest level has to
+ * pass all pieces; the ranks of a group that are together below it share its links. Else, by
+ * exchange (MPI): a message to every other rank. `filled`: slots that have something in them.
+ * `bytes` [link_count], unless NULL, grows by what a rank sends over each link. */
 machine_transfer machine_collective(const machine *m, int ring, double ranks, double stride,
                                     double filled, double slot, double *bytes);
 

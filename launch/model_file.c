@@ -119,7 +119,7 @@ static muonshard_status read_line(muonshard_tensor_desc *t, struct model_axes *a
                             : t->dims == 0 ? "shape"
                                            : "role");
     const int named = axes->layer + axes->expert;
-    if (named > t->dims - (t->role == MUONSHARD_ROLE_MATRIX ? 2 : 1))
+    if (named && named > t->dims - (t->role == MUONSHARD_ROLE_MATRIX ? 2 : 1))
         return message_fail(message, MUONSHARD_ERR_CONFIG,
                             "tensors: '%s': %d axes and %d sizes leave none for the %s", t->name,
                             named, t->dims,
@@ -170,8 +170,7 @@ muonshard_status model_file_parse(model_file *model, const char *path, char *mes
          line = strtok_r(NULL, "\n", &next)) {
         muonshard_tensor_desc *t = &model->tensors[model->tensor_count];
         const size_t index = model->tensor_count;
-        muonshard_status status =
-            read_line(t, &model->axes[index], line, splits, room, message);
+        muonshard_status status = read_line(t, &model->axes[index], line, splits, room, message);
         if (status == MUONSHARD_OK)
             status = check_degrees(model, index, message);
         if (status != MUONSHARD_OK)

@@ -3,7 +3,8 @@
  *   model: gpt2-124m
  *   tensors:
  *     - {name: wte, role: elementwise, shape: [50257, 768]}
- *     - {name: qkv, role: matrix, shape: [12, 2304, 768], axes: [layer], row_splits: [768, 768, 768]}
+ *     - {name: qkv, role: matrix, shape: [12, 2304, 768], axes: [layer], row_splits: [768, 768,
+ * 768]}
  *
  * A tensor may have form=stack|flatten, dtype=fp32|bf16|fp16 and grad_dtype, which is dtype's
  * unless it is given; axes says what its first sizes count: layer, expert, or both. Settings of the
@@ -25,7 +26,7 @@ typedef struct model_file {
     size_t tensor_count;
     struct model_axes {
         bool layer, expert; /* of these, in that order, its first sizes are */
-    } *axes;                /* own, [tensor_count] */
+    } * axes;               /* own, [tensor_count] */
     char *text;             /* own; names point into it */
     int64_t *splits;        /* own; row_splits point into it */
 } model_file;
@@ -44,7 +45,8 @@ typedef enum model_part { MODEL_SHARED, MODEL_EXPERTS, MODEL_PARTS } model_part;
 /* Tensor `index` as a rank of the part's group holds it; false: it is of the other part. */
 bool model_file_tensor(const model_file *model, size_t index, model_part part,
                        muonshard_tensor_desc *desc);
-/* Every tensor `times` times over, for weak scaling. ERR_UNSUPPORTED: a tensor that is flattened. */
+/* Every tensor `times` times over, for weak scaling. ERR_UNSUPPORTED: a tensor that is flattened.
+ */
 muonshard_status model_file_repeat(model_file *model, int64_t times, char *message);
 
 #endif

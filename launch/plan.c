@@ -248,8 +248,8 @@ static void print_steps(const plans *all) {
     double elements = 0.0, bytes = 0.0;
     for (size_t i = 0; i < p->whole.tensor_count; i++) {
         elements += (double)p->whole.tensors[i].elements;
-        bytes += (double)p->whole.tensors[i].elements *
-                 (double)dtype_size(p->whole.tensors[i].dtype);
+        bytes +=
+            (double)p->whole.tensors[i].elements * (double)dtype_size(p->whole.tensors[i].dtype);
     }
     printf("#\n# simulated on %s (%s%s%s)\n", p->machine.name,
            p->machine.measured ? "measured" : "from datasheets", *p->machine.source ? ": " : "",
@@ -260,19 +260,21 @@ static void print_steps(const plans *all) {
     printf("# %6s %8s %14s  %-5s %10s %9s %9s %9s %9s %9s %9s %9s %9s %9s %9s %8s\n", "", "", "(B)",
            "", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)",
            "(TFLOP/s)", "(%)");
-    const char *type = bytes == 4.0 * elements ? "fp32" : bytes == 2.0 * elements ? "16bit" : "mixed";
+    const char *type = bytes == 4.0 * elements   ? "fp32"
+                       : bytes == 2.0 * elements ? "16bit"
+                                                 : "mixed";
     for (size_t i = 0; i < all->count; i++) {
         const rank_plan *r = &all->plans[i];
         const whole_step w = whole_of(r);
         const sim_phases *s = &w.phases;
-        printf("  %6d %8zu %14.0f  %-5s %10.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.2f %9.2f "
-               "%9.2f %8.1f %9.2f %10.3f\n",
-               r->ranks, p->whole.view_count, bytes, type, 1e6 * r->step, 1e6 * s->pack,
-               1e6 * s->reduce_scatter, 1e6 * s->momentum, 1e6 * s->orthogonalize,
-               1e6 * s->elementwise, 1e6 * s->all_gather, 1e6 * s->apply,
-               r->ranks > 1 ? 1e-9 * w.rs_bandwidth : 0.0,
-               r->ranks > 1 ? 1e-9 * w.ag_bandwidth : 0.0, 1e-12 * w.ns_rate, 100.0 * w.exposed,
-               w.imbalance, first / (r->step * r->ranks));
+        printf(
+            "  %6d %8zu %14.0f  %-5s %10.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.2f %9.2f "
+            "%9.2f %8.1f %9.2f %10.3f\n",
+            r->ranks, p->whole.view_count, bytes, type, 1e6 * r->step, 1e6 * s->pack,
+            1e6 * s->reduce_scatter, 1e6 * s->momentum, 1e6 * s->orthogonalize,
+            1e6 * s->elementwise, 1e6 * s->all_gather, 1e6 * s->apply,
+            r->ranks > 1 ? 1e-9 * w.rs_bandwidth : 0.0, r->ranks > 1 ? 1e-9 * w.ag_bandwidth : 0.0,
+            1e-12 * w.ns_rate, 100.0 * w.exposed, w.imbalance, first / (r->step * r->ranks));
     }
 }
 
@@ -335,11 +337,10 @@ static json_t *timeline_of(const group_plan *g, double after, json_t *timeline) 
         char label[64];
         const op *o = &g->schedule.ops[i];
         op_label(o, label, sizeof label);
-        json_array_append_new(timeline,
-                              json_pack("{s:s, s:s, s:f, s:f}", "op", label, "stream",
-                                        o->stream == STREAM_COMM ? "comm" : "compute", "start_us",
-                                        1e6 * (after + g->sim.spans[i].begin), "end_us",
-                                        1e6 * (after + g->sim.spans[i].end)));
+        json_array_append_new(timeline, json_pack("{s:s, s:s, s:f, s:f}", "op", label, "stream",
+                                                  o->stream == STREAM_COMM ? "comm" : "compute",
+                                                  "start_us", 1e6 * (after + g->sim.spans[i].begin),
+                                                  "end_us", 1e6 * (after + g->sim.spans[i].end)));
     }
     return timeline;
 }
@@ -350,13 +351,13 @@ static json_t *row_of(const planner *p, const rank_plan *r) {
     const bench_time step = {r->step, r->step, r->step};
     double bytes = 0.0;
     for (size_t i = 0; i < p->whole.tensor_count; i++)
-        bytes += (double)p->whole.tensors[i].elements *
-                 (double)dtype_size(p->whole.tensors[i].dtype);
-    json_t *phases = json_pack(
-        "{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "pack", 1e6 * s->pack, "reduce-scatter",
-        1e6 * s->reduce_scatter, "agree", 1e6 * s->agree, "momentum", 1e6 * s->momentum,
-        "orthogonalize", 1e6 * s->orthogonalize, "element-wise", 1e6 * s->elementwise, "all-gather",
-        1e6 * s->all_gather, "apply", 1e6 * s->apply);
+        bytes +=
+            (double)p->whole.tensors[i].elements * (double)dtype_size(p->whole.tensors[i].dtype);
+    json_t *phases =
+        json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "pack", 1e6 * s->pack,
+                  "reduce-scatter", 1e6 * s->reduce_scatter, "agree", 1e6 * s->agree, "momentum",
+                  1e6 * s->momentum, "orthogonalize", 1e6 * s->orthogonalize, "element-wise",
+                  1e6 * s->elementwise, "all-gather", 1e6 * s->all_gather, "apply", 1e6 * s->apply);
     json_t *timeline = timeline_of(&r->groups[MODEL_SHARED], 0.0, json_array());
     timeline_of(&r->groups[MODEL_EXPERTS], r->groups[MODEL_SHARED].sim.step, timeline);
     return json_pack(

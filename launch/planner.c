@@ -111,8 +111,8 @@ static void group_free(group_plan *g) {
     plan_free(&g->plan);
 }
 
-/* Bytes the backend wants for the batch that takes most, and how many matrices a rank owns of one at
- * most. */
+/* Bytes the backend wants for the batch that takes most, and how many matrices a rank owns of one
+ * at most. */
 static muonshard_status workspace_of(const planner *p, const plan *q, memory_facts *facts,
                                      char *message) {
     for (size_t i = 0; i < q->batch_count; i++) {
@@ -185,8 +185,8 @@ static muonshard_status add_imbalance(const planner *p, int ranks, ownership_pol
         if (status == MUONSHARD_OK && g.there) {
             status = ownership_price(r, &s, cost, NULL, &error);
             if (status == MUONSHARD_OK)
-                status = ownership_bound(cost, r->view_count, (size_t)g.plan.world_size, &least,
-                                         &error);
+                status =
+                    ownership_bound(cost, r->view_count, (size_t)g.plan.world_size, &least, &error);
             if (status)
                 message_fail(message, status, "%s", error.text);
             *mean += g.plan.cost;
@@ -201,7 +201,8 @@ static muonshard_status add_imbalance(const planner *p, int ranks, ownership_pol
     return MUONSHARD_OK;
 }
 
-static muonshard_status find_imbalance(const planner *p, int ranks, plan_imbalance *of, char *message) {
+static muonshard_status find_imbalance(const planner *p, int ranks, plan_imbalance *of,
+                                       char *message) {
     double mean, largest, bound;
     *of = (plan_imbalance){1.0, 1.0, 1.0};
     muonshard_status status =

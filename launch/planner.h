@@ -12,11 +12,11 @@ typedef struct planner {
     muonshard_config *config;
     const settings *settings; /* of config */
     model_file model;
-    const char *path;             /* of the model file */
-    registry whole;               /* all of the model */
-    registry parts[MODEL_PARTS];  /* as a rank of the group holds it */
-    machine machine;              /* config is NULL: none is given */
-    backend *host;                /* own: asked for workspaces */
+    const char *path;            /* of the model file */
+    registry whole;              /* all of the model */
+    registry parts[MODEL_PARTS]; /* as a rank of the group holds it */
+    machine machine;             /* config is NULL: none is given */
+    backend *host;               /* own: asked for workspaces */
     sim_options options;
     bool on_gpu;
 } planner;
@@ -39,8 +39,8 @@ typedef struct group_plan {
     simulation sim; /* where there is a machine */
 } group_plan;
 
-/* Largest / mean cost of Newton-Schulz over the ranks, of all groups together: by both policies, and
- * what no assignment of whole matrices can be below. */
+/* Largest / mean cost of Newton-Schulz over the ranks, of all groups together: by both policies,
+ * and what no assignment of whole matrices can be below. */
 typedef struct plan_imbalance {
     double turns, balanced, bound;
 } plan_imbalance;

@@ -26,8 +26,7 @@ static double matrices_of(const planner *p, const rank_plan *r) {
     double matrices = 0.0;
     for (int part = 0; part < MODEL_PARTS; part++)
         if (r->groups[part].there)
-            matrices += (double)p->parts[part].view_count /
-                        (double)r->groups[part].plan.world_size;
+            matrices += (double)p->parts[part].view_count / (double)r->groups[part].plan.world_size;
     return matrices;
 }
 
@@ -77,7 +76,8 @@ static muonshard_status advise_memory(const planner *p, const rank_plan *plans, 
         return MUONSHARD_OK;
     }
     const double fixed = m.parameters + m.gradients;
-    say("memory: %.1f GB a rank hold it at no number of ranks: parameters and gradients take %.1f GB "
+    say("memory: %.1f GB a rank hold it at no number of ranks: parameters and gradients take %.1f "
+        "GB "
         "whatever their number%s",
         p->machine.memory, 1e-9 * fixed,
         fixed > 1e9 * p->machine.memory
@@ -96,7 +96,8 @@ static void advise_padding(const rank_plan *r) {
         moved += (double)q->bytes_reduced;
     }
     if (padded > 0.25 * moved && moved > 0.0)
-        say("%d ranks: %.2f GiB of every reduction are empty slots; over NCCL waves with more than a "
+        say("%d ranks: %.2f GiB of every reduction are empty slots; over NCCL waves with more than "
+            "a "
             "quarter of them travel as reduces and broadcasts of the others",
             r->ranks, padded / GIB);
 }

@@ -1,6 +1,6 @@
-/* report.c - `muonshard report FILE... [--out PAGE]`: what `muonshard bench -J` wrote, as one HTML
- * page with tables and pictures that needs nothing else. */
-#include "report.h"
+/* report.c - `muonshard report FILE... [--out PAGE]`: what `muonshard bench` and `muonshard plan`
+ * wrote with -J, as a table of the steps and one HTML page with tables and pictures that needs
+ * nothing else. */
 
 #include <errno.h>
 #include <math.h>
@@ -11,6 +11,9 @@
 
 #include "message.h"
 #include "muonshard_mpi.h"
+#include "report_series.h"
+
+#define SCHEMA 2 /* of muonshard bench and plan */
 
 static const command_option options[] = {
     {"--out", COMMAND_VALUE, false, "PAGE", "where to write (default report.html)"},
@@ -19,7 +22,9 @@ static const command_option options[] = {
 static const command_usage usage = {
     .name = "report",
     .synopsis = "FILE... [--out PAGE]",
-    .doc = "Turns results of muonshard bench -J into a page with pictures, which opens offline.",
+    .doc =
+        "Prints the steps that muonshard bench -J and muonshard plan -J wrote as one table over "
+        "ranks, and\nturns these and other results into a page with pictures, which opens offline.",
     .positional_min = 1,
     .positional_max = 1000,
     .options = options,
@@ -58,23 +63,29 @@ static const column comm_columns[] = {{"op", "operation", "", -1},
                                       {"mpi_us.median", "plain MPI", "µs", 1},
                                       {"ratio", "ratio", "", 2},
                                       {"wrong", "#wrong", "", 0}};
-static const column step_columns[] = {{"model", "model", "", -1},
-                                      {"matrices", "matrices", "", 0},
-                                      {"bytes", "size", "B", 0},
-                                      {"step_us.median", "step", "µs", 0},
-                                      {"phases_us.pack", "pack", "µs", 0},
-                                      {"phases_us.reduce-scatter", "reduce-scatter", "µs", 0},
-                                      {"phases_us.momentum", "momentum", "µs", 0},
-                                      {"phases_us.orthogonalize", "Newton-Schulz", "µs", 0},
-                                      {"phases_us.element-wise", "element-wise", "µs", 0},
-                                      {"phases_us.all-gather", "all-gather", "µs", 0},
-                                      {"phases_us.apply", "apply", "µs", 0},
-                                      {"ns_gflops", "flop rate", "GFLOP/s", 1},
-                                      {"rs_busbw_gbs", "rs busbw", "GB/s", 2},
-                                      {"ag_busbw_gbs", "ag busbw", "GB/s", 2},
-                                      {"exposed", "exposed", "", 3},
-                                      {"imbalance", "imbalance", "", 2},
-                                      {"wrong", "#wrong", "", 0}};
+static const column step_columns[] = {{"model", "", "", -1},
+                                      {"ranks", "", "", 0},
+                                      {"scaling", "", "", -1},
+                                      {"dtype", "", "", -1},
+                                      {"matrices", "", "", 0},
+                                      {"bytes", "", "", 0},
+                                      {"step_us.median", "", "", 0},
+                                      {"phases_us.pack", "", "", 0},
+                                      {"phases_us.reduce-scatter", "", "", 0},
+                                      {"phases_us.agree", "", "", 0},
+                                      {"phases_us.momentum", "", "", 0},
+                                      {"phases_us.orthogonalize", "", "", 0},
+                                      {"phases_us.element-wise", "", "", 0},
+                                      {"phases_us.all-gather", "", "", 0},
+                                      {"phases_us.apply", "", "", 0},
+                                      {"ns_gflops", "", "", 0},
+                                      {"rs_busbw_gbs", "", "", 0},
+                                      {"ag_busbw_gbs", "", "", 0},
+                                      {"exposed", "", "", 0},
+                                      {"imbalance", "", "", 0},
+                                      {"memory.state", "", "", 0},
+                                      {"memory.workspace", "", "", 0},
+                                      {"wrong", "", "", 0}}; /* report_scaling.c has the table */
 
 typedef struct kind {
     const char *name, *title;
@@ -104,6 +115,11 @@ static json_t *at_path(const json_t *object, const char *path) {
     return json_object_get(json_object_get(object, first), dot + 1);
 }
 
+const char *report_text(const json_t *object, const char *path) {
+    const char *text = json_string_value(at_path(object, path));
+    return text ? text : "";
+}
+
 double report_number(const json_t *object, const char *path) {
     const json_t *value = at_path(object, path);
     return json_is_number(value) ? json_number_value(value) : NAN;
@@ -126,6 +142,44 @@ static muonshard_status check_row(const kind *k, const json_t *row, size_t index
     return MUONSHARD_OK;
 }
 
+/* What steps are sorted and labelled by. */
+static muonshard_status check_step(const json_t *row, size_t index, const char *path,
+                                   char *message) {
+    const double ranks = report_number(row, "ranks");
+    const char *scaling = report_text(row, "scaling");
+    if (!json_is_integer(json_object_get(row, "ranks")) || ranks < 1.0)
+        return message_fail(message, MUONSHARD_ERR_CONFIG,
+                            "%s: row %zu: \"ranks\" is no count above 0", path, index);
+    if (strcmp(scaling, "strong") && strcmp(scaling, "weak"))
+        return message_fail(message, MUONSHARD_ERR_CONFIG,
+                            "%s: row %zu: \"scaling\" has to be \"strong\" or \"weak\"", path,
+                            index);
+    return report_number(row, "step_us.median") > 0.0
+               ? MUONSHARD_OK
+               : message_fail(message, MUONSHARD_ERR_CONFIG,
+                              "%s: row %zu: \"step_us.median\" is no time above 0", path, index);
+}
+
+/* Where the numbers come from: each of them is going to be labelled by it. */
+static muonshard_status check_origin(const json_t *root, const char *path, char *message) {
+    const json_t *measured = json_object_get(root, "measured");
+    const char *origin = report_text(root, "origin");
+    const bool is_measured = json_is_true(measured) || json_integer_value(measured) == 1;
+    if (!is_measured && !json_is_false(measured) &&
+        !(json_is_integer(measured) && json_integer_value(measured) == 0))
+        return message_fail(message, MUONSHARD_ERR_CONFIG, "%s: \"measured\" has to be 0 or 1",
+                            path);
+    if (!is_measured && strcmp(origin, "datasheet") && strcmp(origin, "measured"))
+        return message_fail(message, MUONSHARD_ERR_CONFIG,
+                            "%s: \"origin\" of what is simulated has to be \"datasheet\" or "
+                            "\"measured\"",
+                            path);
+    return *report_text(root, "machine.host")
+               ? MUONSHARD_OK
+               : message_fail(message, MUONSHARD_ERR_CONFIG,
+                              "%s: \"machine.host\" has to say where or for what", path);
+}
+
 muonshard_status report_read(const char *path, report_file *file, char *message) {
     *file = (report_file){.path = path};
     if (access(path, R_OK) != 0)
@@ -136,10 +190,16 @@ muonshard_status report_read(const char *path, report_file *file, char *message)
         return message_fail(message, MUONSHARD_ERR_CONFIG, "%s:%d: %s", path, error.line,
                             error.text);
     const json_t *schema = json_object_get(file->root, "schema");
-    if (!json_is_integer(schema) || json_integer_value(schema) != 1)
-        return message_fail(
-            message, MUONSHARD_ERR_CONFIG,
-            "%s: \"schema\" has to be 1: results of this version of muonshard bench", path);
+    if (json_is_integer(schema) && json_integer_value(schema) == 1)
+        return message_fail(message, MUONSHARD_ERR_CONFIG,
+                            "%s: \"schema\" is 1, of an earlier version, and has to be %d; measure "
+                            "again with this muonshard bench",
+                            path, SCHEMA);
+    if (!json_is_integer(schema) || json_integer_value(schema) != SCHEMA)
+        return message_fail(message, MUONSHARD_ERR_CONFIG,
+                            "%s: \"schema\" has to be %d: results of this version of muonshard "
+                            "bench or plan",
+                            path, SCHEMA);
     file->kind = json_string_value(json_object_get(file->root, "kind"));
     const kind *k = kind_of(file->kind);
     if (!k)
@@ -151,16 +211,18 @@ muonshard_status report_read(const char *path, report_file *file, char *message)
     size_t i;
     json_t *row;
     json_array_foreach(file->rows, i, row) {
-        const muonshard_status status = check_row(k, row, i, path, message);
+        muonshard_status status = check_row(k, row, i, path, message);
+        if (status == MUONSHARD_OK && strcmp(k->name, "step") == 0)
+            status = check_step(row, i, path, message);
         if (status)
             return status;
     }
-    return MUONSHARD_OK;
+    return check_origin(file->root, path, message);
 }
 
 /* ---- writing ---- */
 
-static void put_text(FILE *page, const char *text) {
+void report_put_text(FILE *page, const char *text) {
     for (; text && *text; text++)
         switch (*text) {
         case '<': fputs("&lt;", page); break;
@@ -174,7 +236,7 @@ static void put_text(FILE *page, const char *text) {
 static void put_member(FILE *page, const json_t *object, const char *key) {
     const json_t *value = json_object_get(object, key);
     if (json_is_string(value))
-        put_text(page, json_string_value(value));
+        report_put_text(page, json_string_value(value));
     else if (json_is_integer(value))
         fprintf(page, "%lld", (long long)json_integer_value(value));
     else
@@ -185,7 +247,7 @@ static void put_cell(FILE *page, const json_t *row, const column *c) {
     const double value = report_number(row, c->path);
     if (c->digits < 0) {
         fputs("<td class=\"text\">", page);
-        put_text(page, json_string_value(at_path(row, c->path)));
+        report_put_text(page, json_string_value(at_path(row, c->path)));
         fputs("</td>", page);
     } else if (isnan(value)) {
         fputs("<td>–</td>", page);
@@ -216,12 +278,8 @@ static void put_section(FILE *page, const report_file *file) {
     fprintf(page, "<h2>%s</h2>\n<p><code>", kind_of(file->kind)->title);
     put_member(page, root, "command");
     fputs("</code></p>\n<p>", page);
-    if (json_is_true(json_object_get(root, "measured"))) {
-        fputs("Measured on ", page);
-        put_member(page, machine, "host");
-    } else {
-        fputs("Simulated", page);
-    }
+    fputs("Measured on ", page);
+    put_member(page, machine, "host");
     fputs(", ", page);
     put_member(page, root, "date");
     fputs(": ranks ", page);
@@ -243,21 +301,29 @@ static void put_section(FILE *page, const report_file *file) {
 static const char head[] =
     "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
     "<title>Muonshard benchmark</title>\n<style>\n"
-    "body { font: 15px/1.5 sans-serif; color: #222; margin: 2em auto; max-width: 80em; "
+    "body { font: 15px/1.5 sans-serif; color: #222; margin: 2em auto; max-width: 92em; "
     "padding: 0 1em }\n"
     "table { border-collapse: collapse; font-variant-numeric: tabular-nums }\n"
     "th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }\n"
     "th { vertical-align: bottom; font-weight: 600 } small { color: #777; font-weight: 400 }\n"
     "td.text { text-align: left } tr.wrong td { background: #fbd0cc }\n"
-    "svg { max-width: 100%; height: auto; margin: 1em 0 } code { background: #f4f4f4; "
+    "th.series { text-align: left; padding-top: 1em } .wide { overflow-x: auto; margin: 1.5em 0; "
+    "font-size: 13px }\n"
+    ".wide td, .wide th { padding: .2em .35em }\n"
+    ".figures { display: flex; flex-wrap: wrap; gap: 1em 2em } figure { margin: 0; flex: 1 1 34em; "
+    "max-width: 48em }\n"
+    "figcaption { color: #555 } summary { cursor: pointer }\n"
+    "svg { max-width: 100%; height: auto; margin: 1em 0 0 } code { background: #f4f4f4; "
     "padding: .2em .4em }\n"
     "</style>\n</head>\n<body>\n<h1>Muonshard benchmark</h1>\n";
 
 static muonshard_status write_page(FILE *page, const report_file *files, size_t count,
-                                   char *message) {
+                                   const report_steps *steps, char *message) {
     fputs(head, page);
-    muonshard_status status = report_scaling(files, count, page, message);
+    muonshard_status status = report_scaling(steps, page, message);
     for (size_t i = 0; i < count && status == MUONSHARD_OK; i++) {
+        if (strcmp(files[i].kind, "step") == 0)
+            continue;
         put_section(page, &files[i]);
         status = report_pictures(&files[i], page, message);
     }
@@ -267,7 +333,7 @@ static muonshard_status write_page(FILE *page, const report_file *files, size_t 
 
 /* To a temporary name first: a page is whole or as it was. */
 static muonshard_status write_file(const char *path, const report_file *files, size_t count,
-                                   char *message) {
+                                   const report_steps *steps, char *message) {
     char temporary[4096];
     if (snprintf(temporary, sizeof temporary, "%s.XXXXXX", path) >= (int)sizeof temporary)
         return message_fail(message, MUONSHARD_ERR_ARGUMENT, "--out: the name is too long");
@@ -279,7 +345,7 @@ static muonshard_status write_file(const char *path, const report_file *files, s
     umask(mask);
     muonshard_status status =
         fchmod(descriptor, 0666 & ~mask) == 0
-            ? write_page(page, files, count, message)
+            ? write_page(page, files, count, steps, message)
             : message_fail(message, MUONSHARD_ERR_IO, "%s: %s", temporary, strerror(errno));
     const int unwritten = ferror(page) | fclose(page);
     if (status == MUONSHARD_OK && (unwritten || rename(temporary, path)))
@@ -302,8 +368,15 @@ int command_report(int argc, char **argv) {
     for (size_t i = 0; i < count && status == MUONSHARD_OK; i++)
         status = report_read(args.positional[i], &files[i], message);
     const char *out = status ? NULL : command_option_value(&usage, &args, "--out");
+    report_steps steps = {.points = NULL};
     if (status == MUONSHARD_OK)
-        status = write_file(out ? out : "report.html", files, count, message);
+        status = report_steps_collect(files, count, &steps, message);
+    if (status == MUONSHARD_OK) {
+        report_steps_print(&steps, stdout);
+        fflush(stdout);
+        status = write_file(out ? out : "report.html", files, count, &steps, message);
+    }
+    report_steps_free(&steps);
     if (status)
         fprintf(stderr, "muonshard report: %s\n", message);
     for (size_t i = 0; files && i < count; i++)

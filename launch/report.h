@@ -1,5 +1,5 @@
-/* report.h - benchmark results as a page: what is read from a file of `muonshard bench`, and the
- * pictures made of it. */
+/* report.h - results as a table and a page: what is read from a file of `muonshard bench` or
+ * `muonshard plan`, and the parts of the page. */
 #ifndef REPORT_H
 #define REPORT_H
 
@@ -18,13 +18,16 @@ typedef struct report_file {
 /* ERR_IO: cannot be read; ERR_CONFIG: no result of this version of the benchmark. */
 muonshard_status report_read(const char *path, report_file *file, char *message);
 
-/* Pictures as SVG, by gnuplot. Each writes one <svg> to `page`, or nothing where there is nothing
- * to show. ERR_UNAVAILABLE: no gnuplot; ERR_IO, ERR_MEMORY. */
-muonshard_status report_pictures(const report_file *file, FILE *page, char *message);
-/* Speed-up over ranks, of all step files of a model at once. */
-muonshard_status report_scaling(const report_file *files, size_t count, FILE *page, char *message);
-
 /* A number, or NaN. `path` is "time_us.median". */
 double report_number(const json_t *object, const char *path);
+/* A text, or "". */
+const char *report_text(const json_t *object, const char *path);
+/* `text` for a page: what would be markup is written as text. */
+void report_put_text(FILE *page, const char *text);
+
+/* Pictures as SVG, of a file of kind ns or comm. ERR_UNAVAILABLE: no gnuplot; ERR_IO. */
+muonshard_status report_pictures(const report_file *file, FILE *page, char *message);
+/* What ran when, of a row's timeline. As above. */
+muonshard_status report_timeline(const json_t *timeline, FILE *page, char *message);
 
 #endif

@@ -51,9 +51,9 @@ static sim_work apply_work_of(const sim_group *g, const batch *b) {
     const bool master = registry_master(g->settings, b->dtype) == MASTER_REPLICATED;
     for (size_t i = 0; i < b->count; i++) {
         const wave *w = &g->plan->waves[b->first + i];
-        const double each = b->gathers_params ? size_of(w->sent) + size_of(w->dtype)
-                                              : size_of(w->sent) + 2.0 * size_of(w->dtype) +
-                                                    (master ? 8.0 : 0.0);
+        const double each = b->gathers_params
+                                ? size_of(w->sent) + size_of(w->dtype)
+                                : size_of(w->sent) + 2.0 * size_of(w->dtype) + (master ? 8.0 : 0.0);
         work.bytes += filled_elements(g, w) * each;
     }
     return work;
@@ -81,14 +81,14 @@ static muonshard_status batch_work_of(const sim_group *g, const op *o, size_t ow
         break;
     case OP_VARIANCE: *work = (sim_work){.pass = PASS_MEASURE, .bytes = 2.0 * elements * u}; break;
     case OP_UPDATE:
-        *work = (sim_work){.pass = PASS_APPLY,
-                           .bytes = elements * (u + (master ? 8.0 + size_of(b->dtype)
-                                                            : 2.0 * size_of(b->dtype)))};
+        *work = (sim_work){
+            .pass = PASS_APPLY,
+            .bytes = elements * (u + (master ? 8.0 + size_of(b->dtype) : 2.0 * size_of(b->dtype)))};
         break;
     case OP_ADAM: /* gradient, m, v, w */
-        *work = (sim_work){.pass = PASS_ADAM,
-                           .bytes = 28.0 * fmin((double)g->plan->flat_shard,
-                                                (double)g->plan->flat_elements)};
+        *work = (sim_work){
+            .pass = PASS_ADAM,
+            .bytes = 28.0 * fmin((double)g->plan->flat_shard, (double)g->plan->flat_elements)};
         break;
     default: *work = apply_work_of(g, b);
     }
@@ -166,13 +166,13 @@ typedef struct walk {
     const sim_options *options;
     simulation *out;
     size_t ranks;
-    double *clock;    /* own, [ranks]: when the rank's computation is done with what it has */
-    double *waited;   /* own, [ranks, OP_KIND_COUNT] */
-    double *seconds;  /* own, [most matrices of a batch + 1]: the operation, by matrices owned */
-    size_t *owned;    /* own, [ranks]: of the batch under way */
-    flight *flights;  /* own, [schedule.count] */
-    size_t closed;    /* flights before this one are over */
-    double *ready;    /* own, [bucket_count]: seconds into the backward pass */
+    double *clock;     /* own, [ranks]: when the rank's computation is done with what it has */
+    double *waited;    /* own, [ranks, OP_KIND_COUNT] */
+    double *seconds;   /* own, [most matrices of a batch + 1]: the operation, by matrices owned */
+    size_t *owned;     /* own, [ranks]: of the batch under way */
+    flight *flights;   /* own, [schedule.count] */
+    size_t closed;     /* flights before this one are over */
+    double *ready;     /* own, [bucket_count]: seconds into the backward pass */
     double links_free; /* when the links are done with what they have */
     char *message;
 } walk;
@@ -263,8 +263,8 @@ static void begin_collective(walk *w, size_t index) {
         f->begun = fmax(f->begun, w->clock[r]);
     if (o->kind == OP_REDUCE_SCATTER)
         f->begun = fmax(f->begun, w->ready[o->index]);
-    machine_transfer links = machine_collective(m, t.ring, ranks, w->g->stride, t.filled, t.slot,
-                                                w->out->bytes);
+    machine_transfer links =
+        machine_collective(m, t.ring, ranks, w->g->stride, t.filled, t.slot, w->out->bytes);
     double takes = m->by_rank ? 0.0 : links.latency + links.bandwidth;
     f->copy = m->by_rank ? links.latency + links.bandwidth : 0.0;
     if (w->options->bandwidth > 0.0) {
@@ -311,8 +311,7 @@ static void compute(walk *w, size_t index) {
     const op *o = &w->g->schedule->ops[index];
     const bool waits =
         o->waits_on != OP_NONE && op_is_collective(w->g->schedule->ops[o->waits_on].kind);
-    const double ready =
-        (o->kind == OP_PACK || o->kind == OP_TAKE) ? w->ready[o->index] : 0.0;
+    const double ready = (o->kind == OP_PACK || o->kind == OP_TAKE) ? w->ready[o->index] : 0.0;
     for (size_t r = 0; r < w->ranks; r++) {
         double now = fmax(w->clock[r], ready);
         if (waits) {

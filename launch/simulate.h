@@ -18,8 +18,8 @@ typedef struct sim_group {
 /* Beside the machine. */
 typedef struct sim_options {
     double backward;           /* seconds, during which gradients become ready, last tensor first */
-    double bandwidth, latency; /* of a link all collectives take turns on, as of `bench step --link`;
-                                  0 bandwidth: none */
+    double bandwidth, latency; /* of a link all collectives take turns on, as of `bench step
+                                  --link`; 0 bandwidth: none */
 } sim_options;
 
 /* What a step takes, seconds. */
@@ -32,8 +32,8 @@ typedef struct sim_span {
 } sim_span;
 
 typedef struct simulation {
-    double step;         /* of the slowest rank, backward included */
-    sim_phases phases;   /* the longest over the ranks; communication: what is waited for */
+    double step;                 /* of the slowest rank, backward included */
+    sim_phases phases;           /* the longest over the ranks; communication: what is waited for */
     double rs_busy, ag_busy;     /* links under way with reduce-scatters, all-gathers */
     double rs_bytes, ag_bytes;   /* of all slots that travel, times (n-1)/n */
     double latency, bandwidth;   /* of these: what messages cost, what bytes cost */
@@ -63,7 +63,8 @@ muonshard_status simulate_work(const sim_group *group, size_t op, size_t owned, 
 /* What a collective moves: bytes a rank sends to each other, how many slots have something in them,
  * whether it is summed by the ranks' own processors. */
 typedef struct sim_traffic {
-    double slot, filled; /* bytes of a slot, of all parts; slots, as if all parts were of one size */
+    double slot,
+        filled; /* bytes of a slot, of all parts; slots, as if all parts were of one size */
     bool ring, sums;
 } sim_traffic;
 sim_traffic simulate_traffic(const machine *m, const sim_group *group, size_t op);

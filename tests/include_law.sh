@@ -21,7 +21,9 @@ src/kernels/host*          | include/muonshard.h BASE src/kernels/* SYSTEM <cbla
 src/kernels/*              | include/muonshard.h BASE src/kernels/* SYSTEM
 src/settings.h             | include/muonshard.h BASE SYSTEM src/kernels/backend.h
 src/*                      | include/muonshard.h BASE SYSTEM
-launch/plan.c              | include/* launch/* src/* SYSTEM
+launch/plan*               | include/* launch/* src/* SYSTEM <jansson.h>
+launch/simulate.*          | include/* launch/* src/* SYSTEM
+launch/machine.c           | include/* launch/* src/* SYSTEM
 launch/bench*              | include/* launch/* src/* SYSTEM <mpi.h> <cblas.h> <jansson.h>
 launch/report*            | include/* launch/* SYSTEM <jansson.h>
 launch/model_file.c        | include/* launch/* src/* SYSTEM <jansson.h>

@@ -75,6 +75,12 @@ for ranks in 1 2; do
     runs "$mpiexec" --timeout 100 -n $ranks "$muonshard" bench step model.yaml "${few[@]}" threads=1 -J step$ranks.json
     says "step: $ranks ranks" "^ +$ranks +8 +[0-9]+ .* 0$"
 done
+says "step: dtypes, memory and scaling of a row" '"dtype": "mixed",' step2.json
+says "step: state, momentum in fp32 and AdamW's two" '"state": [1-9][0-9]+,' step2.json
+says "step: strong" '"scaling": "strong"' step2.json
+runs "$mpiexec" --timeout 100 -n 2 "$muonshard" bench step model.yaml "${few[@]}" threads=1 --weak -J weak2.json
+says "step: weak, twice the matrices and bytes" "^ +2 +16 +$((2 * (24576 * 4 + 12288 * 2 + 6144 * 4 + 500 * 4))) +mixed .* 0$"
+says "step: weak" '"scaling": "weak"' weak2.json
 # 2 ranks, the bytes of a step at 1 GB/s: busy for as long as the link says; the backward pass hides most of it.
 runs "$mpiexec" --timeout 100 -n 2 "$muonshard" bench step model.yaml "${few[@]}" threads=1 --link 0.01,100 --backward 50
 says "step: over a link" "^# the link is in use for [0-9.]+ us a step"
@@ -92,14 +98,16 @@ sed 's/"wrong": 0[.0]*/"wrong": 3/' comm.json >wrong.json
 runs "$muonshard" report wrong.json --out wrong.html
 says "report: wrong rows are marked" '<tr class="wrong">' wrong.html
 
-sed 's/"schema": 1/"schema": 2/' ns.json >schema.json
+sed 's/"schema": 2/"schema": 3/' ns.json >schema.json
+sed 's/"schema": 2/"schema": 1/' ns.json >earlier.json
 sed 's/"kind": "ns"/"kind": "nt"/' ns.json >kind.json
 sed 's/"gflops"/"gflips"/' ns.json >missing.json
 sed 's/"dtype": "fp32"/"dtype": 7/' ns.json >type.json
 head -c 300 ns.json >short.json
-echo '{"schema": 1, "kind": "ns", "rows": []}' >empty.json
+echo '{"schema": 2, "kind": "ns", "rows": []}' >empty.json
 refused "report: no file" 15 "absent.json" "$muonshard" report ns.json absent.json --out none.html
-refused "report: schema" 12 'schema.json: "schema" has to be 1' "$muonshard" report schema.json --out none.html
+refused "report: schema" 12 'schema.json: "schema" has to be 2' "$muonshard" report schema.json --out none.html
+refused "report: an earlier schema" 12 'earlier.json: "schema" is 1' "$muonshard" report earlier.json --out none.html
 refused "report: kind" 12 'kind.json: "kind"' "$muonshard" report kind.json --out none.html
 refused "report: a number is missing" 12 '"gflops" is missing' "$muonshard" report missing.json --out none.html
 refused "report: of another type" 12 '"dtype" is no text' "$muonshard" report type.json --out none.html
@@ -109,13 +117,14 @@ refused "report: no gnuplot" 20 "gnuplot" env PATH=/nowhere "$muonshard" report 
 refused "report: nowhere to write" 15 "nowhere" "$muonshard" report ns.json --out nowhere/page.html
 [ -z "$(find . -name 'none.html*')" ] && echo "ok    report: nothing is left of a page that failed" || failed "something is left"
 
-refused "bench: no kind" 11 "usage" "$muonshard" bench
+refused "bench: no kind" 11 "too few arguments" "$muonshard" bench
 refused "bench: another kind" 11 "'nx'" "$muonshard" bench nx
 refused "bench: a shape" 11 "--shapes: 'x3'" "$muonshard" bench ns --shapes 4x4,x3
 refused "bench: an operation" 11 "--op is 'reduce'" "$muonshard" bench comm --op reduce
 refused "bench: a size" 11 "-b is '1Q'" "$muonshard" bench comm -b 1Q
 refused "bench: a count" 11 "-n is '0'" "$muonshard" bench ns -n 0
 refused "bench: step without a model" 11 "step needs a model file" "$muonshard" bench step
+refused "bench: a part of a model" 21 "set expert_parallel=1 pipeline_parallel=1" "$muonshard" bench step model.yaml expert_parallel=2
 refused "bench: a link" 11 "--link is '0'" "$muonshard" bench step model.yaml --link 0
 refused "bench: a key" 12 "ns_stops" "$muonshard" bench ns ns_stops=4
 refused "bench: instructions" 12 "instructions" "$muonshard" bench ns instructions=avx1024

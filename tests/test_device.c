@@ -184,9 +184,8 @@ static void look_at_overlap(rig *r, outcome *out) {
         const bool reduction = collective->kind == OP_REDUCE_SCATTER && next->kind == OP_MEASURE;
         double later = 0.0;
         if (gather || reduction)
-            r->status = b->streams->stamp_seconds(
-                b, stamp_index(o, o->step, i + 1, STAMP_BEGIN),
-                stamp_index(o, o->step, i, STAMP_END), &later);
+            r->status = b->streams->stamp_seconds(b, stamp_index(o, o->step, i + 1, STAMP_BEGIN),
+                                                  stamp_index(o, o->step, i, STAMP_END), &later);
         if ((gather || reduction) && !(later > 0.0))
             r->status = MUONSHARD_ERR_INTERNAL;
         out->number[r->comm->rank] += gather ? 1.0 : reduction ? 100.0 : 0.0;

@@ -1,5 +1,5 @@
-/* cuda_layout.h - what the CUDA backend works in, as offsets: known without CUDA, so that a plan for
- * GPUs can be made where there are none. */
+/* cuda_layout.h - what the CUDA backend works in, as offsets: known without CUDA, so that a plan
+ * for GPUs can be made where there are none. */
 #ifndef CUDA_LAYOUT_H
 #define CUDA_LAYOUT_H
 

@@ -78,8 +78,7 @@ static memory_facts facts_of(const muonshard_optimizer *o) {
                       .device = runs_ahead(o),
                       .scratch = needs_scratch(o),
                       .staged = comm_is_staged(o->data, o->backend),
-                      .staged_words =
-                          o->agree_comm && comm_is_staged(o->agree_comm, o->backend)};
+                      .staged_words = o->agree_comm && comm_is_staged(o->agree_comm, o->backend)};
     for (size_t b = 0; b < p->batch_count; b++) {
         if (p->batches[b].kind == PLAN_FLAT)
             continue;

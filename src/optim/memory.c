@@ -15,8 +15,7 @@ static void add(memory_list *list, memory_kind kind, size_t offset, size_t count
     list->blocks[list->count++] = (memory_block){kind, offset, (count ? count : 1) * item};
 }
 
-#define STATE(field, count, item)                                                                  \
-    add(&list, MEMORY_STATE, offsetof(workspace, field), count, item)
+#define STATE(field, count, item) add(&list, MEMORY_STATE, offsetof(workspace, field), count, item)
 #define SCRATCH(field, count, item)                                                                \
     add(&list, MEMORY_WORKSPACE, offsetof(workspace, field), count, item)
 #define PINNED(field, count, item)                                                                 \

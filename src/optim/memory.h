@@ -1,5 +1,5 @@
-/* memory.h - what a rank allocates at commit, as a list: commit goes through it, and `muonshard plan`
- * adds it up for ranks and machines that aren't there. */
+/* memory.h - what a rank allocates at commit, as a list: commit goes through it, and `muonshard
+ * plan` adds it up for ranks and machines that aren't there. */
 #ifndef MEMORY_H
 #define MEMORY_H
 
@@ -34,10 +34,9 @@ typedef struct workspace {
     /* of a backend with streams */
     double *squares; /* [most matrices owned of a batch] sums of U^2, from momentum on */
     /* pinned, of the host */
-    step_record *posted; /* [STEP_RESULTS] records of steps, as they become known */
-    char *staged_sent,
-        *staged_recv;     /* [exchange] what a staged communicator sends and receives */
-    double *staged_words; /* [1 + world size, word_stride], and totals of agree_comm */
+    step_record *posted;             /* [STEP_RESULTS] records of steps, as they become known */
+    char *staged_sent, *staged_recv; /* [exchange] what a staged communicator sends and receives */
+    double *staged_words;            /* [1 + world size, word_stride], and totals of agree_comm */
 } workspace;
 
 #define STEP_RESULTS 16
@@ -47,12 +46,12 @@ typedef struct memory_facts {
     const plan *plan;
     const settings *settings;
     size_t tensors, views;
-    size_t agreeing;     /* ranks of agree_comm */
-    bool device;         /* the backend has streams */
-    bool scratch;        /* some reduce-scatter is an exchange and a sum of the backend's */
-    bool staged;         /* tensors travel through memory of the host */
-    bool staged_words;   /* so does what agree_comm carries */
-    size_t owned;        /* most matrices this rank has of a batch */
+    size_t agreeing;      /* ranks of agree_comm */
+    bool device;          /* the backend has streams */
+    bool scratch;         /* some reduce-scatter is an exchange and a sum of the backend's */
+    bool staged;          /* tensors travel through memory of the host */
+    bool staged_words;    /* so does what agree_comm carries */
+    size_t owned;         /* most matrices this rank has of a batch */
     size_t orthogonalize; /* bytes the backend wants for the batch that takes most */
 } memory_facts;
 

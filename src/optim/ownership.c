@@ -148,6 +148,18 @@ static double ranks_needed(const cost_class *classes, size_t count, double most)
     return needed;
 }
 
+/* Of the (k-1) ranks + 1 most costly some rank has k. `rising` [count]. */
+static double most_crowded(const double *rising_cost, size_t count, size_t ranks) {
+    double bound = 0.0;
+    for (size_t k = 1; (k - 1) * ranks < count; k++) {
+        double least = 0.0; /* the k smallest of these */
+        for (size_t i = 0; i < k; i++)
+            least += rising_cost[count - 1 - (k - 1) * ranks + i];
+        bound = fmax(bound, least);
+    }
+    return bound;
+}
+
 muonshard_status ownership_bound(const double *cost, size_t count, size_t ranks, double *bound,
                                  error_text *error) {
     double *sorted = malloc((count + 1) * sizeof *sorted), total = 0.0;
@@ -166,7 +178,7 @@ muonshard_status ownership_bound(const double *cost, size_t count, size_t ranks,
             classes[kinds++].cost = sorted[i];
         classes[kinds - 1].count += 1.0;
     }
-    double below = total / (double)ranks, above = total;
+    double below = fmax(total / (double)ranks, most_crowded(sorted, count, ranks)), above = total;
     if (ranks_needed(classes, kinds, below) <= (double)ranks)
         above = below;
     for (int i = 0; i < 60 && above > below; i++) {
