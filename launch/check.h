@@ -19,6 +19,7 @@ typedef struct check {
     bool dtype_given;         /* ns_dtype is among the keys given */
     bool opened;              /* the first optimizer was made, and ranks were shown */
     bool crowded;             /* a host has more ranks than CPUs: nobody is called slow */
+    bool slow_links;          /* rank 0's: slower than the machine file says */
     int hosts;
     const gpt_layers *layers; /* the memory of the backend */
     gpt_layers *device;       /* own: these, where they are a device's */

@@ -29,6 +29,11 @@ static const char *const keys[][2] = {
 };
 static const double SCALE = 0x1p-60;
 
+/* What is slower than LATE times the time a machine file leads to, or below LEAST of its bandwidth,
+ * is told; of tensors below SMALL bytes the time is all that counts. */
+static const double LATE = 3.0, LEAST = 0.7;
+enum { SMALL = 1 << 19 };
+
 /* 1 and 2 by turns, so that what a step did not write is seen. */
 static double lr_of(int step) {
     return step % 2 ? 2.0 : 1.0;
@@ -137,21 +142,37 @@ static double expected(const check *c, const row *w, bool reduces) {
 }
 
 static void judge(check *c, const row *w, bool reduces, double seconds) {
-    static const char *const advice =
-        "look at NCCL_DEBUG=INFO (which interface, whether GPUDirect), at binding "
-        "(MUONSHARD_BIND_VERBOSE=1) and at who else is on the links";
-    const char *what = reduces ? "reduce-scatter" : "all-gather";
+    const char *what = reduces ? "a reduce-scatter" : "an all-gather";
     const double usual = expected(c, w, reduces);
     const double bytes = sizeof(float) * (double)w->t.slot * (c->cmd.size - 1);
-    const bool small = sizeof(float) * w->t.count < (1 << 20);
-    if (small && seconds > 3.0 * usual)
+    const size_t size = sizeof(float) * w->t.count;
+    const bool small = size < SMALL;
+    /* Also where nothing is expected. */
+    if (!(seconds > (small ? LATE : 1.0 / LEAST) * usual))
+        return;
+    if (small)
         check_warn(
-            c, "a %s of %zu bytes, which is latency alone, takes %.1f us; %s expects %.1f us; %s",
-            what, sizeof(float) * w->t.count, 1e6 * seconds, c->machine_path, 1e6 * usual, advice);
-    if (!small && seconds > usual / 0.7)
-        check_warn(c, "a %s of %zu bytes runs at %.3g GB/s a rank; %s expects %.3g GB/s; %s", what,
-                   sizeof(float) * w->t.count, 1e-9 * bytes / seconds, c->machine_path,
-                   1e-9 * bytes / usual, advice);
+            c,
+            "%s of a tensor of %zu bytes takes %.1f us, more than %.0f times the %.1f us that "
+            "%s expects",
+            what, size, 1e6 * seconds, LATE, 1e6 * usual, c->machine_path);
+    else
+        check_warn(c, "%s of a tensor of %zu bytes runs at %.3g GB/s a rank; %s expects %.3g GB/s",
+                   what, size, 1e-9 * bytes / seconds, c->machine_path, 1e-9 * bytes / usual);
+    c->slow_links = true;
+}
+
+/* Once, behind the table. */
+static void advise(const check *c) {
+    if (!c->slow_links)
+        return;
+    if (c->device)
+        check_say(c, "         look at NCCL_DEBUG=INFO (which interface, whether GPUDirect), at "
+                     "binding (MUONSHARD_BIND_VERBOSE=1) and at who else is on the links");
+    else
+        check_say(c, "         look at which interface MPI takes (--mca btl_tcp_if_include, "
+                     "UCX_NET_DEVICES), at binding (MUONSHARD_BIND_VERBOSE=1) and at who else is "
+                     "on the links");
 }
 
 /* A tensor that fills few slots doesn't travel as so many bytes. */
@@ -232,5 +253,6 @@ muonshard_status check_tensors(check *c) {
         last = bytes;
         status = check_size(c, bytes - 20.0, false);
     }
+    advise(c);
     return status;
 }
