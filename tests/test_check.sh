@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # `muonshard check` from outside: all is well where it is, words and exit codes where a machine file promises too much
-# or is bad. What it says of wrong numbers is test_check_values's.
-#   test_check.sh MUONSHARD MPIEXEC [cuda]    cuda: on a device, to whose libraries LD_LIBRARY_PATH leads
+# or is bad; and what it finds where MPI brings wrong numbers. All it can say of such is test_check_values's.
+#   test_check.sh MUONSHARD MPIEXEC [host|cuda [WRONG_MPI]]
+# cuda: on a device, to whose libraries LD_LIBRARY_PATH leads. WRONG_MPI: the library made of wrong_mpi.c.
 set -u
 muonshard=$(realpath "$1") || exit 1
 mpiexec=$2
 backend=${3-host}
+wrong_mpi=${4-}
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
@@ -67,11 +69,7 @@ if [ "$backend" = cuda ]; then
     says "NCCL" "^tensors: moved by NCCL; every element is checked$"
     check 0 2 "${few[@]}" comm=mpi
     right 2
-    machine 1e6 1e-3 1e6
-check 3 2 "${few[@]}" --machine machine.yaml --strict
-says "what to look at" "^ +look at NCCL_DEBUG=INFO"
-check 0 2 "${few[@]}" comm=mpi
-says "MPI" "^tensors: moved by MPI, through memory of the host; every element is checked$"
+    says "MPI" "^tensors: moved by MPI, through memory of the host; every element is checked$"
     says "and that it is slow" "^warning: GPUs exchange tensors through memory of the host"
     check 0 1 "${few[@]}" deterministic=true ns_dtype=fp16
     right 1
@@ -81,6 +79,9 @@ says "MPI" "^tensors: moved by MPI, through memory of the host; every element is
     says "the ranks are shown all the same" "^ +1 +[^ ]+ +[0-9]+ +[0-9,-]+ +not known$"
     FAKE_CUDA_DEVICES=1 check 0 2 "${few[@]}" share_gpu=true comm=mpi
     says "a shared card is noted" "^note: rank 1 of .* has the card of another rank, 1 in all"
+    machine 1e6 1e-3 1e6
+    check 3 2 "${few[@]}" --machine machine.yaml --strict
+    says "what to look at" "^ +look at NCCL_DEBUG=INFO"
     [ $failures -eq 0 ]
     exit
 fi
@@ -96,6 +97,30 @@ says "words about CPUs" "^note: .*(not bound|share)"
 check 0 3 --largest=1M --side 48 ns_dtype=bf16 preset=gram deterministic=true ownership=balanced
 right 3
 says "another dtype" "^Newton-Schulz: bf16, a matrix of 48 x 48"
+
+# An MPI that is wrong. mpirun -x: not mpirun itself.
+wrong() { # FAULT CODE RANKS
+    "$mpiexec" --timeout 60 -n "$3" -x LD_PRELOAD="$wrong_mpi" -x WRONG_MPI="$1" "$muonshard" check backend=host \
+        --largest 1M >stdout 2>stderr
+    local got=$?
+    if [ $got -eq "$2" ]; then echo "ok    $1: exit code $2"; else failed "$1: exit code $got, not $2"; fi
+}
+if [ -n "$wrong_mpi" ]; then
+    wrong nothing 0 3
+    right 3
+    element="elements of 'check' are wrong, the first is 0, owned by rank 0: it is [^ ]+ and should be [^ ]+;"
+    wrong missing 19 2
+    says "missing: the rank" "^PROBLEM: on rank 0 16384 of 16384 $element as if rank 1's gradient were missing from the sum$"
+    says "missing: every rank has it" "^PROBLEM: on rank 1 16384 of 16384 $element"
+    says "missing: of matrices" "^PROBLEM: an update is not that of its gradient"
+    says "missing: the last line" "^[0-9]+ problems, [0-9]+ warnings?: 2 ranks on 1 host"
+    wrong twice 19 2
+    says "twice: the rank" "^PROBLEM: on rank 0 16384 of 16384 $element as if rank 1's gradient were added twice$"
+    wrong swapped 19 3
+    says "swapped: the slot" "^PROBLEM: on rank 0 .* owned by rank 1: .*it is what belongs in the slot of rank 2$"
+    never "swapped: on no other rank" "^PROBLEM: on rank [12]"
+    says "swapped: of matrices" "^PROBLEM: matrices have other bytes than on rank 0 on 2 ranks, the first is rank 1"
+fi
 
 # A machine that promises nothing is never slow; one that promises wonders is.
 machine 1e-6 1e9 1e-7
