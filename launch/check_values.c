@@ -137,8 +137,8 @@ check_outcome check_values(const check_pattern *p, const float *found, size_t co
             continue;
         if (o.wrong++ == 0) {
             o.first = i;
-            o.found = found[i];
-            o.expected = expected;
+            o.found = found[i] / factor;
+            o.expected = check_sum(p, i);
             o.owner = (int32_t)(i / slot);
         }
     }
@@ -175,8 +175,8 @@ void check_outcome_text(const check_outcome *o, const char *tensor, size_t count
     char cause[128];
     cause_text(o, cause, sizeof cause);
     snprintf(text, size,
-             "%llu of %zu elements of '%s' are wrong, the first is %llu, owned by rank %d: it is "
-             "%.9g and should be %.9g; %s",
+             "%llu of %zu elements of '%s' are wrong, the first is %llu, owned by rank %d: its "
+             "sum is %.9g and should be %.9g; %s",
              (unsigned long long)o->wrong, count, tensor, (unsigned long long)o->first, o->owner,
              (double)o->found, (double)o->expected, cause);
 }

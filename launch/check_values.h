@@ -37,13 +37,14 @@ typedef enum check_cause {
 /* The same on all ranks' machines: it is sent between them. */
 typedef struct check_outcome {
     uint64_t wrong, first; /* elements; the first of them */
-    float found, expected;
+    float found, expected; /* sums, without the factor */
     int32_t cause, who;
     int32_t owner; /* of the first wrong element */
 } check_outcome;
 
 /* Whether found [count] is factor * check_sum; rank r owns elements [r slot, (r+1) slot). `before`:
- * the factor that held before the step. `factor` and `before` are powers of two, or 0. */
+ * the factor that held before the step. `factor` and `before` are powers of two but for the
+ * sign; `before` may be 0. */
 check_outcome check_values(const check_pattern *p, const float *found, size_t count, size_t slot,
                            float factor, float before);
 /* "element 5 of 99, ...", for people; `tensor` is its name. */

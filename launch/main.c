@@ -73,8 +73,8 @@ static void print_usage(FILE *out) {
         fprintf(out, "  %-8s %s\n", subcommands[i].name, subcommands[i].summary);
     fprintf(out, "\nmuonshard COMMAND --help: its arguments and the keys of its config\n"
                  "muonshard --version\n\n"
-                 "Exit codes: 0 success, 2 no such command, 3 slow (check --strict), 10 + n for error -n of muonshard.h "
-                 "(12: configuration, 15: file).\n");
+                 "Exit codes: 0 success, 2 no such command, 3 slow (check --strict), "
+                 "10 + n for error -n of muonshard.h (12: configuration, 15: file).\n");
 }
 
 static int run_help(const char *name) {

@@ -108,7 +108,7 @@ wrong() { # FAULT CODE RANKS
 if [ -n "$wrong_mpi" ]; then
     wrong nothing 0 3
     right 3
-    element="elements of 'check' are wrong, the first is 0, owned by rank 0: it is [^ ]+ and should be [^ ]+;"
+    element="elements of 'check' are wrong, the first is 0, owned by rank 0: its sum is [^ ]+ and should be [^ ]+;"
     wrong missing 19 2
     says "missing: the rank" "^PROBLEM: on rank 0 16384 of 16384 $element as if rank 1's gradient were missing from the sum$"
     says "missing: every rank has it" "^PROBLEM: on rank 1 16384 of 16384 $element"

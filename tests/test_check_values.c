@@ -99,7 +99,9 @@ static void check_one(int ranks, size_t slot, int rank, int times, check_cause c
     assert_int_equal(o.wrong, end - slot * SLOT); /* every one of them */
     assert_int_equal(o.first, slot * SLOT);
     assert_int_equal(o.owner, slot);
-    assert_true(o.found == array[o.first] && o.expected != o.found);
+    const check_pattern p = check_pattern_make(ranks);
+    assert_true(o.expected == check_sum(&p, o.first));
+    assert_true(o.found == o.expected + (float)times * check_gradient(&p, rank, o.first));
     free(array);
 }
 
@@ -184,7 +186,7 @@ static void test_words(void **state) {
     check_outcome_text(&o, "w", 99, text, sizeof text);
     assert_string_equal(text,
                         "7 of 99 elements of 'w' are wrong, the first is 11, owned by rank 1: "
-                        "it is 1 and should be 2; as if one rank's gradient were in the place "
+                        "its sum is 1 and should be 2; as if one rank's gradient were in the place "
                         "of another's");
 }
 
