@@ -135,19 +135,19 @@ static muonshard_status workspace_of(const planner *p, const plan *q, memory_fac
     return MUONSHARD_OK;
 }
 
-/* As commit finds it: of the rank that has most. */
+/* As commit finds it in a program that came with MPI: of the rank that has most. */
 static muonshard_status add_memory(const planner *p, int part, const group_plan *g, plan_memory *m,
                                    char *message) {
     const registry *r = &p->parts[part];
     const plan *q = &g->plan;
-    const bool nccl = p->on_gpu && p->settings->comm != COMM_MPI && q->world_size > 1;
+    const bool nccl = p->on_gpu && p->settings->comm != COMM_MPI;
     memory_facts facts = {.plan = q,
                           .settings = p->settings,
                           .tensors = r->tensor_count,
                           .views = r->view_count,
                           .device = p->on_gpu,
                           .staged = p->on_gpu && !nccl};
-    for (size_t i = 0; i < q->wave_count && q->world_size > 1; i++)
+    for (size_t i = 0; i < q->wave_count; i++)
         facts.scratch = facts.scratch || !nccl || p->settings->deterministic ||
                         q->waves[i].wire != MUONSHARD_FP32;
     const muonshard_status status = workspace_of(p, q, &facts, message);

@@ -39,9 +39,11 @@ step_of() { awk '/^ +[0-9]+ +[0-9]+ +[0-9]+  [a-z0-9]+ +[0-9.]+/ { t = $5 } END 
 : >"$out/rows"
 printf '# %5s %-8s %-10s %8s | %12s %12s %8s\n' ranks model link backward measured simulated error
 for ranks in ${RANKS:-1 2 4}; do
-    machine=$out/machine-$ranks.yaml
-    MUONSHARD_THREADS=1 "$here/run_local.sh" "$ranks" "$muonshard" bench --calibrate "$machine" -n 7 -w 2 threads=1 >"$out/calibrate-$ranks.log" 2>&1
     for file in $MODELS; do
+        # Anew for each model: other machines on the same hardware, and heat, change what is there to be had.
+        machine=$out/machine-$ranks.yaml
+        MUONSHARD_THREADS=1 "$here/run_local.sh" "$ranks" "$muonshard" bench --calibrate "$machine" -n 7 -w 2 threads=1 backend=host \
+            >"$out/calibrate-$ranks.log" 2>&1
         for link in none 2,50 0.5,200 0.1,1000; do
             [ "$ranks" -gt 1 ] || [ $link = none ] || continue
             for backward in 0 100; do
@@ -50,6 +52,8 @@ for ranks in ${RANKS:-1 2 4}; do
                 MUONSHARD_THREADS=1 "$here/run_local.sh" "$ranks" "$muonshard" bench step "$file" -n 5 -w 2 -c 0 threads=1 backend=host \
                     "${options[@]}" >"$out/measured" 2>"$out/log" || { cat "$out/log"; exit 1; }
                 "$muonshard" plan "$file" --ranks "$ranks" --machine "$machine" "${options[@]}" >"$out/simulated"
+                cp "$out/measured" "$out/measured-$ranks-$(basename "$file" .yaml)-$link-$backward"
+                cp "$out/simulated" "$out/simulated-$ranks-$(basename "$file" .yaml)-$link-$backward"
                 name=$(basename "$file" .yaml)
                 awk -v r="$ranks" -v m="$name" -v l=$link -v b=$backward -v t="$(step_of "$out/measured")" \
                     -v s="$(step_of "$out/simulated")" 'BEGIN {

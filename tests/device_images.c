@@ -1,13 +1,21 @@
 #include "device_images.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "optim/optimizer.h"
+
+bool images_on_host(void) {
+    const char *name = getenv("MUONSHARD_TEST_BACKEND");
+    return !name || strcmp(name, "host") == 0;
+}
 
 void images_configure(muonshard_config *config) {
     const char *name = getenv("MUONSHARD_TEST_BACKEND"), *comm = getenv("MUONSHARD_TEST_COMM");
     if (name)
         muonshard_config_set(config, "backend", name);
+    if (name && getenv("MUONSHARD_TEST_SHARE"))
+        muonshard_config_set(config, "share_gpu", "true");
     if (name && comm)
         muonshard_config_set(config, "comm", comm);
 }

@@ -3,6 +3,7 @@
 #ifndef DEVICE_IMAGES_H
 #define DEVICE_IMAGES_H
 
+#include <stdbool.h>
 #include <muonshard.h>
 
 enum { IMAGES_MOST = 64 };
@@ -16,7 +17,10 @@ typedef struct device_images {
     size_t count;
 } device_images;
 
-/* Sets backend and comm to MUONSHARD_TEST_BACKEND and MUONSHARD_TEST_COMM, where those are set. */
+/* Whether tests run on the host backend: MUONSHARD_TEST_BACKEND names no other. */
+bool images_on_host(void);
+/* Sets backend and comm to MUONSHARD_TEST_BACKEND and MUONSHARD_TEST_COMM, where those are set;
+ * with MUONSHARD_TEST_SHARE ranks share a device. */
 void images_configure(muonshard_config *config);
 /* What the optimizer is to be given for `host`, whose bytes go there; NULL after an error. */
 void *images_add(device_images *im, void *host, size_t bytes);

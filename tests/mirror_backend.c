@@ -1,5 +1,6 @@
 #include "mirror_backend.h"
 
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -52,10 +53,11 @@ static void *over(mirror *m, const void *host, size_t bytes) {
     return device;
 }
 
-/* Back to the host, whatever it was. */
-static muonshard_status finish(backend *self, muonshard_status status) {
+/* Back to the host, whatever it was, behind what `stream` was given. */
+static muonshard_status finish_on(backend *self, muonshard_status status, backend_stream stream) {
     mirror *m = mirror_of(self);
     note(m, status);
+    note(m, m->inner->ops->fence(m->inner, stream, STREAM_COMPUTE));
     for (size_t i = 0; i < m->count; i++) {
         const image *it = &m->images[i];
         const copy_item item = {it->host, it->device, it->bytes};
@@ -68,6 +70,10 @@ static muonshard_status finish(backend *self, muonshard_status status) {
     m->status = MUONSHARD_OK;
     self->error = m->inner->error;
     return outcome;
+}
+
+static muonshard_status finish(backend *self, muonshard_status status) {
+    return finish_on(self, status, STREAM_COMPUTE);
 }
 
 static size_t size_of(muonshard_dtype dtype, size_t count) {
@@ -113,7 +119,7 @@ static muonshard_status mirror_copy(backend *self, const copy_item *items, size_
                                 over(m, items[i].src, items[i].bytes), items[i].bytes};
         note(m, m->inner->ops->copy(m->inner, &item, 1, stream));
     }
-    return finish(self, MUONSHARD_OK);
+    return finish_on(self, MUONSHARD_OK, stream);
 }
 
 static muonshard_status mirror_convert(backend *self, const kernel_context *context,
@@ -131,7 +137,7 @@ static muonshard_status mirror_convert(backend *self, const kernel_context *cont
     const muonshard_status status =
         m->inner->ops->convert(m->inner, context ? &c : NULL, list, count, stream);
     free(list);
-    return finish(self, status);
+    return finish_on(self, status, stream);
 }
 
 static muonshard_status mirror_sum_ranks(backend *self, const sum_ranks_args *args,
@@ -141,7 +147,7 @@ static muonshard_status mirror_sum_ranks(backend *self, const sum_ranks_args *ar
     a.dst = over(m, a.dst, a.count * sizeof *a.dst);
     a.received = over(m, a.received, (size_t)a.ranks * size_of(a.dtype, a.count));
     a.own = over(m, a.own, size_of(a.dtype, a.count));
-    return finish(self, m->inner->ops->sum_ranks(m->inner, &a, stream));
+    return finish_on(self, m->inner->ops->sum_ranks(m->inner, &a, stream), stream);
 }
 
 static muonshard_status mirror_sum_squares(backend *self, const sum_squares_item *items,
@@ -194,7 +200,23 @@ static size_t mirror_orthogonalize_workspace(backend *self, const ns_program *pr
     return 0;
 }
 
-/* On memory that starts as NaN, as all of the fake's does. */
+enum { POISON_MOST = 1 << 20 };
+
+/* Memory of the device that is NaN in any dtype, as far as a test's matrices reach: a library's
+ * workspace behind them is larger. */
+static void *poisoned(mirror *m, size_t bytes) {
+    void *device = NULL;
+    const size_t most = bytes < POISON_MOST ? bytes : POISON_MOST;
+    void *poison = memset(malloc(most + 1), 0xff, most);
+    note(m, m->inner->ops->alloc(m->inner, &device, bytes));
+    const copy_item item = {device, poison, most};
+    if (device)
+        note(m, m->inner->ops->copy(m->inner, &item, 1, STREAM_COMPUTE));
+    free(poison);
+    return device;
+}
+
+/* In a workspace that starts as NaN. */
 static muonshard_status mirror_orthogonalize(backend *self, const step_record *record,
                                              const ns_program *program, int64_t rows, int64_t cols,
                                              const orthogonalize_item *items, size_t count,
@@ -204,9 +226,8 @@ static muonshard_status mirror_orthogonalize(backend *self, const step_record *r
     const size_t out_bytes = size_of(ns_program_output(program), elements);
     const size_t bytes =
         m->inner->ops->orthogonalize_workspace(m->inner, program, rows, cols, count);
-    void *device = NULL;
+    void *device = poisoned(m, bytes);
     (void)workspace;
-    note(m, m->inner->ops->alloc(m->inner, &device, bytes));
     orthogonalize_item *list = COPY_ITEMS(items, count);
     for (size_t i = 0; i < count; i++) {
         list[i].u = over(m, list[i].u, elements * sizeof(float));
@@ -311,6 +332,12 @@ static const backend_ops mirror_ops = {
 bool test_backend_is_host(void) {
     const char *name = getenv("MUONSHARD_TEST_BACKEND");
     return !name || strcmp(name, "host") == 0;
+}
+
+bool test_backend_is_card(void) {
+    void *library =
+        test_backend_is_host() ? NULL : dlopen("libmuonshard_cuda.so.0.1", RTLD_NOW | RTLD_LOCAL);
+    return library && !dlsym(library, "fake_cuda_calls"); /* stays open, as the backend's does */
 }
 
 muonshard_status test_backend_open(backend **out, error_text *error) {

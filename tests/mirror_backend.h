@@ -9,7 +9,9 @@
 /* The backend named by MUONSHARD_TEST_BACKEND (host where it is not set), mirrored where its memory
  * is a device's. ERR_UNAVAILABLE. */
 muonshard_status test_backend_open(backend **out, error_text *error);
-/* Whether that is the host's. */
+/* Whether that is the host's; whether it is a device that is there, whose libraries take another
+ * algorithm, and so another order of sums, for other numbers of matrices. */
 bool test_backend_is_host(void);
+bool test_backend_is_card(void);
 
 #endif

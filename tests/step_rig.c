@@ -172,6 +172,26 @@ void rig_push(rig *r) {
         note(r, images_upload(&r->images, r->params[i]), "upload");
 }
 
+void rig_pull(rig *r) {
+    for (size_t i = 0; i < r->setup->count; i++)
+        note(r, images_download(&r->images, r->params[i]), "download");
+}
+
+/* A device's steps run ahead: other ranks' errors come with the result. */
+static muonshard_status result_of(rig *r) {
+    muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
+    return images_on_host() ? MUONSHARD_OK : muonshard_step_result(r->optimizer, 0, 1, &result);
+}
+
+muonshard_status rig_call(rig *r, const muonshard_step_args *args) {
+    for (size_t i = 0; i < r->setup->count; i++)
+        note(r, images_upload(&r->images, r->grads[i]), "upload");
+    const muonshard_status status = muonshard_step(r->optimizer, args);
+    const muonshard_status outcome = status ? status : result_of(r);
+    rig_pull(r);
+    return outcome;
+}
+
 void rig_step(rig *r) {
     const size_t count = r->setup->count;
     for (size_t i = 0; i < count && r->status == MUONSHARD_OK; i++)
@@ -192,10 +212,7 @@ void rig_step(rig *r) {
         note(r,
              muonshard_tensor_wait(r->optimizer, (int)i, 0, entries(&r->setup->tensors[i]), NULL),
              muonshard_last_error(r->optimizer));
-    muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
-    if (strcmp(muonshard_backend(r->optimizer), "host") != 0) /* other ranks' errors come later */
-        note(r, muonshard_step_result(r->optimizer, 0, 1, &result),
-             muonshard_last_error(r->optimizer));
+    note(r, result_of(r), muonshard_last_error(r->optimizer));
     for (size_t i = 0; i < count && r->status == MUONSHARD_OK; i++)
         note(r, images_download(&r->images, r->params[i]), "download");
 }

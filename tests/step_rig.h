@@ -66,11 +66,16 @@ void rig_gradients(rig *r);
 /* The gradients another rank would have in this step. */
 void rig_gradients_of(rig *r, int rank);
 void rig_step(rig *r);
+/* muonshard_step with arguments of the test's own, and what came of it on all ranks: rig.status
+ * stays as it is, the text is the optimizer's. */
+muonshard_status rig_call(rig *r, const muonshard_step_args *args);
 void rig_close(rig *r);
 /* What the optimizer is given as a tensor's gradient. */
 const void *rig_grad(const rig *r, size_t tensor);
 /* Parameters that were changed on the host, to where the optimizer has them. */
 void rig_push(rig *r);
+/* And back. */
+void rig_pull(rig *r);
 /* Of a tensor's parameters. */
 size_t rig_bytes(const rig *r, size_t tensor);
 /* FNV-1a of all parameters' bytes. */

@@ -1,5 +1,7 @@
 /* The contract of communicators over NCCL, between devices: every request of the suite, whose
  * memory is the host's, goes to the device, over NCCL, and comes back. Ranks are threads. */
+#include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "comm_contract.h"
@@ -161,9 +163,15 @@ static void run_case(muonshard_comm *outer, void *arg) {
     muonshard_comm_destroy(comm);
 }
 
+/* A rank wants a device: MUONSHARD_TEST_RANKS, where there are fewer than four. */
+static int most_ranks(void) {
+    const char *most = getenv("MUONSHARD_TEST_RANKS");
+    return most && atoi(most) < MAX_RANKS ? atoi(most) : MAX_RANKS;
+}
+
 static void test_contract(void **state) {
     (void)state;
-    for (int n = 1; n <= MAX_RANKS; n++)
+    for (int n = 1; n <= most_ranks(); n++)
         for (size_t i = 0; i < CONTRACT_CASES; i++) {
             suite out = {.which = &contract_cases[i]};
             assert_int_equal(threads_run(n, run_case, &out), MUONSHARD_OK);
@@ -174,7 +182,132 @@ static void test_contract(void **state) {
         }
 }
 
+/* ---- slots that mean nothing ---- */
+
+/* As fake_cuda/fake.h has them. */
+typedef struct collectives {
+    long reduces, broadcasts, reduce_scatters, all_gathers;
+} collectives;
+
+enum { SLOT = 300, KINDS = 2 };
+
+typedef struct slots {
+    comm_kind kind;
+    uint8_t filled[MAX_RANKS];
+    bool right[MAX_RANKS];
+    char failure[MAX_RANKS][256];
+} slots;
+
+static float number_of(int rank, int slot, size_t i) {
+    return (float)(rank * 1000 + slot * 100 + (int)i % 97); /* sums are exact in any order */
+}
+
+/* Whether every slot that is filled came as it has to; `all` is memory of the host. */
+static bool is_right(const slots *s, int size, int rank, const float *all) {
+    for (int k = 0; k < size; k++)
+        for (size_t i = 0; i < SLOT; i++) {
+            float want = 0.0F;
+            for (int r = 0; s->kind == COMM_REDUCE_SCATTER && r < size; r++)
+                want += number_of(r, rank, i);
+            if (s->kind == COMM_ALL_GATHER)
+                want = number_of(k, 0, i);
+            const bool means = s->filled[s->kind == COMM_REDUCE_SCATTER ? rank : k];
+            const size_t at = s->kind == COMM_REDUCE_SCATTER ? i : (size_t)k * SLOT + i;
+            if (means && all[at] != want)
+                return false;
+        }
+    return true;
+}
+
+static void run_slots(muonshard_comm *outer, void *arg) {
+    slots *s = arg;
+    const int rank = outer->rank, size = outer->size;
+    const bool sums = s->kind == COMM_REDUCE_SCATTER;
+    const size_t bytes = SLOT * sizeof(float), room = (size_t)size * bytes;
+    static float host[MAX_RANKS][MAX_RANKS * SLOT];
+    backend *cuda = NULL;
+    muonshard_comm *nccl = NULL;
+    void *send = NULL, *recv = NULL;
+    error_text error = {""};
+    muonshard_status status = backend_open_cuda((cuda_options){.local_rank = rank}, &cuda, &error);
+    if (comm_agree(outer, status, &error) == MUONSHARD_OK)
+        status = comm_open_nccl(outer, cuda->ordinal, false, &nccl, &error);
+    if (status == MUONSHARD_OK)
+        status = cuda->ops->alloc(cuda, &send, room);
+    if (status == MUONSHARD_OK)
+        status = cuda->ops->alloc(cuda, &recv, room);
+    for (int k = 0; k < size; k++)
+        for (size_t i = 0; i < SLOT; i++)
+            host[rank][(size_t)k * SLOT + i] = number_of(rank, k, i);
+    const copy_item up = {send, host[rank], room}, down = {host[rank], recv, room};
+    if (status == MUONSHARD_OK)
+        status = cuda->ops->copy(cuda, &up, 1, STREAM_COMM);
+    const comm_part part = {
+        .send = send, .recv = recv, .bytes = bytes, .dtype = MUONSHARD_FP32, .filled = s->filled};
+    const comm_request request = {
+        .kind = s->kind, .parts = &part, .part_count = 1, .backend = cuda, .stream = STREAM_COMM};
+    comm_ticket ticket;
+    bool done = false;
+    if (status == MUONSHARD_OK && comm_sums(nccl, MUONSHARD_FP32))
+        status = comm_start(nccl, &request, &ticket);
+    if (status == MUONSHARD_OK)
+        status = comm_test(nccl, &ticket, &done);
+    if (status == MUONSHARD_OK)
+        status = cuda->ops->copy(cuda, &down, 1, STREAM_COMM);
+    s->right[rank] = status == MUONSHARD_OK && is_right(s, size, rank, host[rank]);
+    snprintf(s->failure[rank], sizeof s->failure[rank], "%s: %.100s%.100s", sums ? "sum" : "gather",
+             error.text, nccl ? nccl->error.text : "");
+    threads_barrier(outer);
+    if (cuda) {
+        cuda->ops->free(cuda, send);
+        cuda->ops->free(cuda, recv);
+    }
+    muonshard_comm_destroy(nccl);
+    if (cuda)
+        backend_close(cuda);
+}
+
+/* Up to a quarter of them travel along; more are left out, by a collective a slot. What was given
+ * to NCCL only the fake can say. */
+static void test_slots_that_mean_nothing(void **state) {
+    (void)state;
+    static const struct {
+        int ranks;
+        uint8_t filled[MAX_RANKS];
+        bool grouped;
+    } cases[] = {{4, {1, 1, 1, 1}, false}, {4, {1, 1, 0, 1}, false}, {4, {0, 1, 1, 0}, true},
+                 {4, {0, 0, 1, 0}, true},  {3, {1, 1, 0}, true},     {2, {0, 1}, true}};
+    void (*given)(collectives * out) = NULL;
+    *(void **)&given = dlsym(dlopen("libmuonshard_cuda.so.0.1", RTLD_NOW), "fake_nccl_given");
+    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++)
+        for (int kind = 0; kind < KINDS && cases[c].ranks <= most_ranks(); kind++) {
+            const int n = cases[c].ranks;
+            slots s = {.kind = kind ? COMM_ALL_GATHER : COMM_REDUCE_SCATTER};
+            collectives before = {0}, after = {0};
+            memcpy(s.filled, cases[c].filled, sizeof s.filled);
+            if (given)
+                given(&before);
+            assert_int_equal(threads_run(n, run_slots, &s), MUONSHARD_OK);
+            if (given)
+                given(&after);
+            long filled = 0;
+            for (int r = 0; r < n; r++) {
+                filled += s.filled[r];
+                if (!s.right[r])
+                    fail_msg("case %zu, rank %d: %s", c, r, s.failure[r]);
+            }
+            const long whole = cases[c].grouped ? 0 : n, apart = cases[c].grouped ? n * filled : 0;
+            if (!given)
+                continue;
+            assert_int_equal(after.reduce_scatters - before.reduce_scatters, kind ? 0 : whole);
+            assert_int_equal(after.reduces - before.reduces, kind ? 0 : apart);
+            assert_int_equal(after.all_gathers - before.all_gathers, kind ? whole : 0);
+            assert_int_equal(after.broadcasts - before.broadcasts, kind ? apart : 0);
+        }
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_contract)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_contract),
+                                       cmocka_unit_test(test_slots_that_mean_nothing)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

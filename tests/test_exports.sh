@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The ABI: what the libraries export is what the headers declare, with a version on each; every declaration has its
 # comment; and nothing in the libraries ends the process, prints, or starts MPI.
-#   test_exports.sh LIBMUONSHARD LIBMUONSHARD_MPI SOURCE_DIR [LIBMUONSHARD_CUDA]
+#   test_exports.sh LIBMUONSHARD LIBMUONSHARD_MPI SOURCE_DIR [LIBMUONSHARD_CUDA [LIBMUONSHARD_GPT_CUDA]]
 set -u
 
-core=$1 mpi=$2 include=$3/include cuda=${4-}
+core=$1 mpi=$2 include=$3/include cuda=${4-} gpt=${5-}
 export LC_ALL=C
 failures=0
 # same NAME EXPECTED FOUND
@@ -61,6 +61,16 @@ if [ -n "$cuda" ]; then
     none "libmuonshard_cuda needs neither MPI nor libmuonshard nor the driver's own library" "$cuda" \
         'P?MPI_.*|muonshard_.*|cu[A-Z].*'
     none "libmuonshard_cuda waits for no whole device" "$cuda" 'cudaDeviceSynchronize|cudaMemcpy|cudaMemset'
+fi
+
+if [ -n "$gpt" ]; then
+    same "libmuonshard_gpt_cuda exports one symbol" muonshard_gpt_cuda "$(exported "$gpt")"
+    # nvcc gives device functions that are templates a host's body that would exit; nobody calls it.
+    none "libmuonshard_gpt_cuda ends no process" "$gpt" "${ends#exit|}"
+    none "libmuonshard_gpt_cuda prints nothing" "$gpt" "$prints"
+    none "libmuonshard_gpt_cuda needs neither MPI nor libmuonshard nor the driver's own library" "$gpt" \
+        'P?MPI_.*|muonshard_.*|cu[A-Z].*'
+    none "libmuonshard_gpt_cuda waits for no whole device" "$gpt" 'cudaDeviceSynchronize|cudaMemcpy|cudaMemset'
 fi
 
 # A declaration stands directly under the end of its comment, or under another declaration that shares it.

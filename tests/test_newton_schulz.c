@@ -60,17 +60,34 @@ static void for_all(void (*check)(const ns_program *program, int64_t r, int64_t 
         }
 }
 
+/* Twice what test_orthogonalize_cases.c allows on matrices like these: fp32, tf32, bf16, fp16. */
+static const double twice[] = {4e-5, 2e-2, 5e-2, 7e-3};
+
+/* Relative, in Frobenius norm. */
+static double difference_of(const float *a, const float *b, size_t count) {
+    double difference = 0.0, norm = 0.0;
+    for (size_t i = 0; i < count; i++) {
+        difference += pow((double)a[i] - b[i], 2.0);
+        norm += pow((double)b[i], 2.0);
+    }
+    return sqrt(difference) / sqrt(norm);
+}
+
 static void check_single(const ns_program *program, int64_t r, int64_t c, float **u, float **out) {
     const size_t bytes = (size_t)(r * c) * sizeof(float);
     float *again = ns_numbers((size_t)(r * c));
     for (size_t i = COUNT; i-- > 0;) {
         ns_run(program, r, c, &u[i], &again, 1, i % 2 == 0);
-        assert_memory_equal(again, out[i], bytes);
+        if (test_backend_is_card())
+            assert_true(difference_of(again, out[i], (size_t)(r * c)) <= twice[program->dtype]);
+        else
+            assert_memory_equal(again, out[i], bytes);
     }
     free(again);
 }
 
-/* One by one, in another order, in place: the same bits. */
+/* One by one, in another order, in place: the same bits; on a card, as near as both are to the
+ * exact result. */
 static void test_batched_equals_single(void **state) {
     (void)state;
     for_all(check_single);

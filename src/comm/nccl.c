@@ -422,10 +422,13 @@ muonshard_status nccl_create(muonshard_comm *bootstrap, nccl_options options, mu
         fail(error, status, "%s", comm->error.text);
         goto failed;
     }
+    comm_mark(comm, 0, "outside the library");
     comm->options.on_fatal = bootstrap->options.on_fatal;
     *out = comm;
     return MUONSHARD_OK;
 failed:
+    if (comm)
+        comm_mark(comm, 0, "outside the library");
     muonshard_comm_destroy(comm);
     return status;
 }

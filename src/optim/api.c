@@ -222,15 +222,16 @@ static muonshard_status check_entries(muonshard_optimizer *o, int id, int64_t fi
     return MUONSHARD_OK;
 }
 
-/* A kernel that reads the host's memory ends the program's device, with no word of whose it was. */
+/* A kernel that reads what is not its device's ends the program's device, with no word of whose it
+ * was. */
 static muonshard_status check_memory(muonshard_optimizer *o, const char *name, const char *what,
                                      const void *memory) {
     const stream_ops *streams = o->backend->streams;
     FAIL_IF(
         streams && memory && !streams->is_device(o->backend, memory), &o->error,
         MUONSHARD_ERR_ARGUMENT,
-        "tensor '%s': its %s is memory of the host; the backend is %s, which wants the device's",
-        name ? name : "", what, o->backend->ops->name);
+        "tensor '%s': its %s is memory of the host or of another device; the backend is %s (%s)",
+        name ? name : "", what, o->backend->ops->name, o->backend->device_text);
     return MUONSHARD_OK;
 }
 
@@ -439,9 +440,12 @@ muonshard_status muonshard_step_result(muonshard_optimizer *o, int64_t step, int
     FAIL_IF(r->step != wanted, &o->error, MUONSHARD_ERR_STATE,
             "the result of step %lld is not known yet", (long long)wanted);
     const int failed = o->failures[wanted % STEP_RESULTS].rank;
-    FAIL_IF(runs_ahead(o) && failed, &o->error, o->failures[wanted % STEP_RESULTS].status,
+    const muonshard_status status = o->failures[wanted % STEP_RESULTS].status;
+    FAIL_IF(runs_ahead(o) && failed, &o->error, status,
             "step %lld failed on rank %d: %s; nothing has changed", (long long)wanted, failed - 1,
-            muonshard_status_string(o->failures[wanted % STEP_RESULTS].status));
+            status == MUONSHARD_ERR_MISMATCH
+                ? "its learning rates, momentum, weight decay or grad_scale differ from rank 0's"
+                : muonshard_status_string(status));
     return give_struct(&o->error, r, sizeof *r, result, "result");
 }
 

@@ -51,10 +51,17 @@ function(fake_test name)
 endfunction()
 
 # The contract of the backend, and the optimizer's numbers: the host's own tests.
-foreach(name elementwise matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
+foreach(name elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
   fake_test(${name})
 endforeach()
-fake_test(ranks ENVIRONMENT FAKE_CUDA_PROTECT=0)
+foreach(name ranks ranks_bits ranks_errors trace)
+  fake_test(${name} ENVIRONMENT FAKE_CUDA_PROTECT=0)
+endforeach()
+# What must not be read late, and what must not be read early.
+fake_test(ranks_rules ENVIRONMENT FAKE_CUDA_PROTECT=0)
+fake_test(trace TEST trace_staged_fake_cuda
+  ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_DEVICES=1;FAKE_NCCL_REFUSE=1;MUONSHARD_TEST_SHARE=1")
+fake_test(ranks_rules TEST ranks_rules_early_fake_cuda ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_SEED=3")
 
 # Programs that make sense on a device only.
 function(device_program name)
@@ -63,9 +70,12 @@ function(device_program name)
   target_link_libraries(test_${name} PRIVATE muonshard_mpi_static muonshard_static PkgConfig::CMOCKA Threads::Threads
     muonshard_flags ${CMAKE_DL_LIBS})
 endfunction()
-device_program(device ranks_fixture.c comm_threads.c)
-target_include_directories(test_device SYSTEM PRIVATE ${CUDA_INCLUDE} ${NCCL_INCLUDE})
-fake_test(device TEST device_fake_cuda)
+foreach(name device device_errors)
+  device_program(${name} device_fixture.c ranks_fixture.c comm_threads.c)
+  target_include_directories(test_${name} SYSTEM PRIVATE ${CUDA_INCLUDE} ${NCCL_INCLUDE})
+endforeach()
+fake_test(device)
+fake_test(device_errors ENVIRONMENT FAKE_CUDA_PROTECT=0)
 device_program(comm_device comm_threads.c comm_contract.c)
 fake_test(comm_device TEST comm_device_fake_cuda ENVIRONMENT FAKE_CUDA_PROTECT=0)
 device_program(device_mpi)
@@ -92,6 +102,16 @@ add_test(NAME check_fake_cuda COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/test_chec
 set_tests_properties(check_fake_cuda PROPERTIES TIMEOUT 300 LABELS fake ENVIRONMENT
   "LD_LIBRARY_PATH=${FAKE_DIRECTORY};FAKE_CUDA_DEVICES=4;FAKE_CUDA_PROTECT=0")
 
+# What is planned for a device, and steps, rates and links measured on one.
+set(FAKE_COMMAND_ENVIRONMENT
+  "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_hwloc_base_binding_policy=none;LD_LIBRARY_PATH=${FAKE_DIRECTORY};OPENBLAS_NUM_THREADS=1;FAKE_CUDA_DEVICES=4;FAKE_CUDA_PROTECT=0")
+add_test(NAME memory_fake_cuda COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/test_memory.sh
+  $<TARGET_FILE:muonshard_cmd> ${MPIEXEC_EXECUTABLE} cuda 1 2)
+set_tests_properties(memory_fake_cuda PROPERTIES TIMEOUT 300 LABELS fake ENVIRONMENT "${FAKE_COMMAND_ENVIRONMENT}")
+add_test(NAME bench_fake_cuda COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/test_bench_device.sh
+  $<TARGET_FILE:muonshard_cmd> ${MPIEXEC_EXECUTABLE})
+set_tests_properties(bench_fake_cuda PROPERTIES TIMEOUT 300 LABELS fake ENVIRONMENT "${FAKE_COMMAND_ENVIRONMENT}")
+
 # ---- on a card: ctest -L gpu ----
 
 function(gpu_test name)
@@ -99,7 +119,12 @@ function(gpu_test name)
   set_tests_properties(${name}_gpu PROPERTIES TIMEOUT 600 LABELS gpu SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT
     "LD_LIBRARY_PATH=${PROJECT_BINARY_DIR}:$ENV{LD_LIBRARY_PATH};OPENBLAS_NUM_THREADS=1;MUONSHARD_TEST_BACKEND=cuda")
 endfunction()
-foreach(name elementwise matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
+foreach(name elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
   gpu_test(${name})
 endforeach()
-gpu_test(device_mpi)
+foreach(name device_mpi comm_device gpt_device trace)
+  gpu_test(${name})
+endforeach()
+# What ranks are there are threads of one process.
+set_property(TEST comm_device_gpu APPEND PROPERTY ENVIRONMENT MUONSHARD_TEST_RANKS=1)
+set_property(TEST trace_gpu APPEND PROPERTY ENVIRONMENT MUONSHARD_TEST_SHARE=1)

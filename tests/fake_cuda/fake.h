@@ -38,6 +38,11 @@ __attribute__((visibility("default"))) size_t fake_cuda_bytes(void);
 /* Calls so far that waited for the device, or allocated. */
 __attribute__((visibility("default"))) long fake_cuda_waits(void);
 __attribute__((visibility("default"))) long fake_cuda_allocations(void);
+/* Reduces, broadcasts, reduce-scatters and all-gathers that NCCL was given so far, by all ranks. */
+typedef struct fake_collectives {
+    long reduces, broadcasts, reduce_scatters, all_gathers;
+} fake_collectives;
+__attribute__((visibility("default"))) void fake_nccl_given(fake_collectives *given);
 /* What is ready may run before it is asked for, as the seed has it; 0: never. */
 __attribute__((visibility("default"))) void fake_cuda_seed(unsigned seed);
 }

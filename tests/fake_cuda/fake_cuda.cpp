@@ -455,6 +455,8 @@ cudaError_t cudaEventQuery(cudaEvent_t given) {
     MAY_FAIL(cudaErrorLaunchFailure);
     guard g(lock);
     event *e = (event *)given;
+    if (any_capture())
+        return cudaErrorStreamCaptureUnsupported;
     if (!e->on || e->on->done >= e->at)
         return cudaSuccess;
     ask(e->on, e->at);
@@ -475,9 +477,14 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
 
 /* ---- memory ---- */
 
+/* What might wait for the device, or reach into other streams, is refused to a thread that
+ * captures.
+ */
 cudaError_t cudaMalloc(void **out, size_t bytes) {
     MAY_FAIL(cudaErrorMemoryAllocation);
     guard g(lock);
+    if (any_capture())
+        return cudaErrorStreamCaptureUnsupported;
     allocations++;
     open_window();
     if (bytes_used + bytes > (size_t)number("FAKE_CUDA_MEMORY", 8L << 30))
@@ -512,6 +519,8 @@ cudaError_t cudaFree(void *memory) {
     guard g(lock);
     if (!memory)
         return cudaSuccess;
+    if (any_capture())
+        return cudaErrorStreamCaptureUnsupported;
     run_device();
     auto it = blocks.find((char *)memory);
     if (it == blocks.end())
@@ -533,6 +542,8 @@ cudaError_t cudaFree(void *memory) {
 cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
     MAY_FAIL(cudaErrorMemoryAllocation);
     guard g(lock);
+    if (any_capture())
+        return cudaErrorStreamCaptureUnsupported;
     allocations++;
     *out = malloc(bytes);
     if (!*out)
@@ -545,6 +556,8 @@ cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
 
 cudaError_t cudaFreeHost(void *memory) {
     guard g(lock);
+    if (any_capture())
+        return cudaErrorStreamCaptureUnsupported;
     run_device();
     if (!pinned.erase((char *)memory))
         die("cudaFreeHost of what was not allocated");

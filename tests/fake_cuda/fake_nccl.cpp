@@ -1,6 +1,7 @@
 /* fake_nccl.cpp - the calls of NCCL that the communicator makes, between threads and processes of
  * one machine: a file in shared memory a communicator. Sums are made in rank order, but from the
- * last rank to the first where there are more than two, as NCCL's order is not ours either. */
+ * last rank to the first where there are more than two, as NCCL's order is not ours either.
+ * FAKE_NCCL_REFUSE=N: ranks from the N-th on can't initialise, which they learn while they poll. */
 #include <nccl.h>
 
 #include <atomic>
@@ -58,7 +59,7 @@ struct ncclComm {
     std::atomic<bool> ending{false};
     int polls = 0; /* until what was issued is taken */
     cudaStream_t issuing = nullptr;
-    bool is_issuing = false, initializing = false;
+    bool is_issuing = false, initializing = false, refused = false;
 };
 
 namespace {
@@ -209,18 +210,25 @@ ncclResult_t end_group() {
     return ncclInProgress;
 }
 
+std::atomic<long> given[REDUCE + 1]; /* by kind */
+
 ncclResult_t add(ncclComm *c, cudaStream_t stream, action a) {
     if (group_comm && (group_comm != c || group_stream != stream))
         return ncclInvalidUsage;
     group_comm = c;
     group_stream = stream;
     group.push_back(a);
+    given[a.what]++;
     if (!group_depth)
         return end_group();
     return group.size() % 3 ? ncclSuccess : ncclInProgress; /* NCCL may say either */
 }
 
 } // namespace
+
+void fake_nccl_given(fake_collectives *out) {
+    *out = {given[REDUCE], given[BROADCAST], given[REDUCE_SCATTER], given[ALL_GATHER]};
+}
 
 extern "C" {
 
@@ -262,6 +270,8 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int size, ncclUniqueId id, 
     c->slots = (char *)at + head;
     c->mapped = bytes;
     c->initializing = true;
+    const char *refuse = getenv("FAKE_NCCL_REFUSE");
+    c->refused = refuse && rank + 1 >= atoi(refuse);
     if (++c->world->joined == size)
         shm_unlink(id.internal);
     c->helper = std::thread(help, c);
@@ -272,7 +282,9 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int size, ncclUniqueId id, 
 
 ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *state) {
     *state = ncclSuccess;
-    if (c->world->aborted)
+    if (c->refused)
+        *state = ncclSystemError;
+    else if (c->world->aborted)
         *state = ncclRemoteError;
     else if (c->initializing && c->world->joined < c->size)
         *state = ncclInProgress;

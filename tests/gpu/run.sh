@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that wants a card, in one call, on a machine with a card, gcc and nvcc and nothing else installed:
 #   tests/gpu/run.sh [BUNDLE]   BUNDLE: a folder with Open MPI, cmocka, OpenBLAS, libyaml, Jansson and xxHash and an env.sh
-# Builds without cmake into build/gpu, then: numbers against the fp64 oracle and the host's own tests on the device's
-# memory; NCCL and staged MPI at 1 and 2 ranks on one card, to the bit; the kernels under compute-sanitizer; training on
-# the card beside the host. The outcome of each part is in build/gpu/summary. MUONSHARD_GPU_FAKE=1 builds and links only.
+# Builds without cmake into build/gpu, then: whether NCCL works here at all; numbers against the fp64 oracle and the
+# host's own tests on the device's memory; NCCL and staged MPI at 1, 2 and 4 ranks on one card, to the bit; training on
+# the card beside the host, losses compared; the kernels under compute-sanitizer; torch.optim.Muon's times. The outcome
+# of each part is in build/gpu/summary. MUONSHARD_GPU_FAKE=1 builds and links only.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 if [ -n "${1-}" ]; then
@@ -43,9 +44,9 @@ compile() {
     local file object
     for file in "$@"; do
         object=$out/obj/$(tr / _ <<<"$file").o
+        # shellcheck disable=SC2086 # words they are
         case $file in
         *.cu) nvcc -std=c++17 -O3 -fmad=false $archs -Xptxas -v -Xcompiler=-fPIC -Iinclude -Isrc -Ilaunch/gpt -c "$file" -o "$object" 2>"$object.ptxas" || return ;;
-        # shellcheck disable=SC2086
         *) gcc $flags -c "$file" -o "$object" || return ;;
         esac
         echo "$object"
@@ -53,7 +54,7 @@ compile() {
 }
 
 build() {
-    local host core kernels programs name more
+    local host core kernels gpt name more libs
     host="$(ls src/kernels/*.c | grep -v kernels/cuda) src/kernels/cuda_layout.c"
     # shellcheck disable=SC2046,SC2086 # words they are
     {
@@ -67,10 +68,13 @@ build() {
         fi
         libs="$mpi_libs -lopenblas -lyaml -lxxhash -ljansson -lcmocka -lpthread -ldl -lm"
         more=$(compile tests/oracle.c tests/oracle_optimizer.c tests/oracle_pair.c tests/ns_fixture.c tests/mirror_backend.c \
-            tests/elementwise_fixture.c tests/device_images.c tests/step_rig.c) || return
+            tests/elementwise_fixture.c tests/device_images.c tests/step_rig.c tests/comm_threads.c tests/comm_contract.c) || return
         ar rcs $out/libtests.a $more && ar rcs $out/libcore.a $core || return
-        for name in elementwise matrix_update orthogonalize_cases newton_schulz presets conventions step_rules device_mpi; do
-            gcc -o $out/test_$name $(compile tests/test_$name.c) $out/libtests.a $out/libcore.a $libs || return
+        gpt=$(compile $(ls launch/gpt/*.c | grep -v gpt_cuda)) || return
+        ar rcs $out/libgpt.a $gpt || return
+        for name in elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules \
+            device_mpi comm_device trace gpt_device; do
+            gcc -o $out/test_$name $(compile tests/test_$name.c) $out/libtests.a $out/libgpt.a $out/libcore.a $libs || return
         done
         gcc -o $out/muonshard $(compile launch/*.c $(ls launch/gpt/*.c | grep -v gpt_cuda)) $out/libcore.a $libs || return
     }
@@ -91,9 +95,35 @@ ranks_on_card() {
         NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=2 \
         mpirun --timeout 200 -n "$n" bash -c 'NCCL_HOSTID=r$OMPI_COMM_WORLD_RANK exec "$@"' _ "$@"
 }
-train() { # BACKEND
-    $out/muonshard train configs/quickstart.yaml backend="$1" train.steps=60 train.warmup=5 train.eval_every=20 \
-        train.log=$out/train-"$1".jsonl data.files='docs/*.md'
+train() { # BACKEND: to the rounding of fp32, as tests/test_train_device.sh has it
+    $out/muonshard train configs/quickstart.yaml backend="$1" preset=moonlight ns_dtype=fp32 train.steps=10 train.warmup=2 \
+        train.eval_every=5 train.log=$out/train-"$1".jsonl data.files='docs/*.md'
+}
+losses() { grep -oE '"(train|val)_loss": ?[0-9.]+' "$1" | grep -oE '[0-9.]+$'; }
+same_losses() {
+    [ "$(losses $out/train-host.jsonl | wc -l)" -ge 12 ] || return
+    paste <(losses $out/train-host.jsonl) <(losses $out/train-cuda.jsonl) |
+        awk '{ d = ($1 - $2) / $1; if (d < 0) d = -d; if (!(d < 2e-6) || NF != 2) bad = 1; if (d > most) most = d }
+            END { printf "losses differ by %.1e\n", most; exit bad }'
+}
+# Not of this project, for comparison: a step of torch.optim.Muon in bf16, by shape.
+torch_muon() {
+    python3 - <<'EOF'
+import statistics, time, torch
+for count, rows, cols in ((48, 768, 768), (24, 768, 3072), (1, 4096, 4096), (1, 4096, 14336), (24, 2048, 7168)):
+    params = [torch.nn.Parameter(torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer, times = torch.optim.Muon(params, lr=1e-3), []
+    for step in range(13):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        optimizer.step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    print(f"torch {torch.__version__} Muon, {count} x {rows} x {cols}, bf16: median {1e3 * statistics.median(times[3:]):.3f} ms")
+    del params, optimizer
+EOF
 }
 
 part build build
@@ -104,20 +134,44 @@ if [ -n "${MUONSHARD_GPU_FAKE-}" ] || [ ! -e /dev/nvidiactl ]; then
 fi
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.total --format=csv,noheader | tee -a $out/summary
 part info $out/muonshard info
-for name in elementwise matrix_update newton_schulz orthogonalize_cases presets conventions step_rules; do
+MUONSHARD_TEST_ONLY='test_smoke' part nccl_smoke ranks_on_card 2 $out/test_device_mpi
+if grep -q '^FAIL .*nccl_smoke' $out/summary; then
+    echo "NCCL does not work between two ranks on this card: the rest is not run" | tee -a $out/summary
+    exit 1
+fi
+for name in elementwise backend_data matrix_update newton_schulz orthogonalize_cases presets conventions step_rules; do
     part test_$name on_card $out/test_$name
 done
 for n in 1 2; do
     part nccl_and_mpi_np$n ranks_on_card $n $out/test_device_mpi
 done
+MUONSHARD_TEST_ONLY='test_sums_of_integers' part integers_np4 ranks_on_card 4 $out/test_device_mpi
+# Its ranks are threads, and NCCL takes no two ranks of one process on one device: as many as there are devices.
+MUONSHARD_TEST_RANKS=$(nvidia-smi -L | wc -l) part test_comm_device on_card $out/test_comm_device
+# Likewise threads, on one device: NCCL refuses them, and what is traced goes through memory of the host.
+MUONSHARD_TEST_SHARE=1 part test_trace on_card $out/test_trace
+part test_gpt_device on_card $out/test_gpt_device
 if command -v compute-sanitizer >/dev/null; then
-    for name in elementwise matrix_update newton_schulz; do
+    for name in elementwise backend_data matrix_update newton_schulz gpt_device; do
         part sanitizer_$name on_card compute-sanitizer --error-exitcode 9 $out/test_$name
     done
-    part sanitizer_race on_card compute-sanitizer --tool racecheck --error-exitcode 9 $out/test_newton_schulz
+    for tool in initcheck racecheck; do
+        for name in newton_schulz gpt_device; do
+            part ${tool}_$name on_card compute-sanitizer --tool $tool --error-exitcode 9 $out/test_$name
+        done
+    done
+else
+    echo "SKIPPED: compute-sanitizer is not there" | tee -a $out/summary
 fi
 for backend in host cuda; do
     part train_$backend train $backend
 done
+part same_losses same_losses
+if python3 -c 'import sys, torch; sys.exit(not (torch.cuda.is_available() and hasattr(torch.optim, "Muon")))' 2>/dev/null; then
+    part torch_muon torch_muon
+    cat $out/log/torch_muon >>$out/summary
+else
+    echo "SKIPPED: no torch with CUDA and torch.optim.Muon" | tee -a $out/summary
+fi
 grep -q '^FAIL' $out/summary && exit 1
 exit 0
