@@ -259,6 +259,10 @@ MUONSHARD_API muonshard_status muonshard_create(muonshard_comm *comm,
 
 /* "host" or "cuda": in whose memory parameters and gradients have to be. Local. */
 MUONSHARD_API const char *muonshard_backend(const muonshard_optimizer *optimizer);
+/* What computes, for people: "avx2 kernels, 4 threads", or "device 0: NAME, sm_90, GPU-UUID". What
+ * follows the colon is the card's wherever it is seen from, its number is this process's. Valid
+ * until destroy. Local. */
+MUONSHARD_API const char *muonshard_device(const muonshard_optimizer *optimizer);
 
 typedef enum muonshard_dtype {
     MUONSHARD_DTYPE_OF_PARAM = -1, /* of a gradient only */

@@ -231,7 +231,7 @@ static void log_line(void *user, muonshard_log_level level, const char *message)
     const char *kind = level == MUONSHARD_LOG_ERROR     ? "error: "
                        : level == MUONSHARD_LOG_WARNING ? "warning: "
                                                         : "";
-    if (cmd->rank == 0)
+    if (cmd->rank == 0 && level >= cmd->log_from)
         fprintf(stderr, "muonshard: %s%s\n", kind, message);
 }
 

@@ -29,6 +29,7 @@ int command_replay(int argc, char **argv);
 int command_plan(int argc, char **argv);
 int command_bench(int argc, char **argv);
 int command_report(int argc, char **argv);
+int command_check(int argc, char **argv);
 int command_info(int argc, char **argv);
 
 /* ---- arguments ---- */
@@ -98,9 +99,10 @@ int command_help(const command_usage *usage, int argc, char **argv, const muonsh
 typedef struct command {
     const command_usage *usage;
     int rank, size;
-    bool mpi;                 /* started here */
-    muonshard_comm *comm;     /* own; NULL before start */
-    muonshard_config *config; /* own; NULL before configure */
+    bool mpi;                     /* started here */
+    muonshard_log_level log_from; /* what the library says below it is left out */
+    muonshard_comm *comm;         /* own; NULL before start */
+    muonshard_config *config;     /* own; NULL before configure */
 } command;
 
 /* BLAS threads (MUONSHARD_THREADS, else 1), MPI_Init, a communicator over all ranks whose deadline

@@ -19,6 +19,7 @@ static const subcommand subcommands[] = {
     {"plan", command_plan, "show who owns what, and the schedule, without running it"},
     {"bench", command_bench, "time Newton-Schulz, the collectives, or whole steps"},
     {"report", command_report, "turn results of bench into a page with pictures"},
+    {"check", command_check, "look at a new cluster: devices, messages, sums, rates"},
     {"info", command_info, "versions, backends, libraries"},
 };
 #define SUBCOMMANDS (sizeof subcommands / sizeof subcommands[0])
@@ -72,8 +73,8 @@ static void print_usage(FILE *out) {
         fprintf(out, "  %-8s %s\n", subcommands[i].name, subcommands[i].summary);
     fprintf(out, "\nmuonshard COMMAND --help: its arguments and the keys of its config\n"
                  "muonshard --version\n\n"
-                 "Exit codes: 0 success, 2 no such command, 10 + n for error -n of muonshard.h "
-                 "(12: configuration, 15: file).\n");
+                 "Exit codes: 0 success, 2 no such command, 3 slow (check --strict), "
+                 "10 + n for error -n of muonshard.h (12: configuration, 15: file).\n");
 }
 
 static int run_help(const char *name) {

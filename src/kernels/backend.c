@@ -55,8 +55,7 @@ muonshard_status backend_open(backend_choice choice, host_options host, cuda_opt
     if (choice == BACKEND_CUDA || (choice == BACKEND_AUTO && status != MUONSHARD_ERR_UNAVAILABLE))
         return fail(error, status, "%s", no_cuda.text);
     TRY(backend_open_host(host, out, error));
-    snprintf(why, why_size, "backend: host, %s kernels, %d thread%s a rank (%s)",
-             host_isa_name(host.isa), host.threads, host.threads == 1 ? "" : "s",
+    snprintf(why, why_size, "backend: host, %s a rank (%s)", (*out)->device_text,
              choice == BACKEND_HOST ? "as configured" : no_cuda.text);
     return MUONSHARD_OK;
 }

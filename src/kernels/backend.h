@@ -325,7 +325,7 @@ struct backend {
     size_t bytes;         /* of memory that is its own */
     int ordinal;          /* the device's number in this process */
     uint8_t device[16];   /* the device's unique name; zeros: none */
-    char device_text[96]; /* for people; empty: none */
+    char device_text[96]; /* what computes, for people */
     error_text error;
 };
 

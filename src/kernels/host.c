@@ -2,6 +2,7 @@
 #define _DEFAULT_SOURCE /* madvise */
 #include "kernels/host_elementwise.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -207,6 +208,8 @@ muonshard_status backend_open_host(host_options options, backend **out, error_te
     self->ops = &host_ops;
     self->impl = impl;
     self->threads = host_threads_count(impl->threads);
+    snprintf(self->device_text, sizeof self->device_text, "%s kernels, %d thread%s",
+             host_isa_name(options.isa), self->threads, self->threads == 1 ? "" : "s");
     *out = self;
     return MUONSHARD_OK;
 }

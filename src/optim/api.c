@@ -17,6 +17,10 @@ const char *muonshard_backend(const muonshard_optimizer *o) {
     return o ? o->backend->ops->name : "";
 }
 
+const char *muonshard_device(const muonshard_optimizer *o) {
+    return o ? o->backend->device_text : "";
+}
+
 const char *muonshard_last_error(const muonshard_optimizer *o) {
     return o ? o->error.text : no_handle.text;
 }

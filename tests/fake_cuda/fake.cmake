@@ -97,6 +97,11 @@ add_test(NAME train_fake_cuda COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/test_trai
 set_tests_properties(train_fake_cuda PROPERTIES TIMEOUT 300 LABELS fake ENVIRONMENT
   "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_hwloc_base_binding_policy=none;LD_LIBRARY_PATH=${FAKE_DIRECTORY};OPENBLAS_NUM_THREADS=1;FAKE_CUDA_DEVICES=4")
 
+add_test(NAME check_fake_cuda COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/test_check.sh
+  $<TARGET_FILE:muonshard_cmd> ${MPIEXEC_EXECUTABLE} cuda)
+set_tests_properties(check_fake_cuda PROPERTIES TIMEOUT 300 LABELS fake ENVIRONMENT
+  "LD_LIBRARY_PATH=${FAKE_DIRECTORY};FAKE_CUDA_DEVICES=4;FAKE_CUDA_PROTECT=0")
+
 # What is planned for a device, and steps, rates and links measured on one.
 set(FAKE_COMMAND_ENVIRONMENT
   "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_hwloc_base_binding_policy=none;LD_LIBRARY_PATH=${FAKE_DIRECTORY};OPENBLAS_NUM_THREADS=1;FAKE_CUDA_DEVICES=4;FAKE_CUDA_PROTECT=0")
