@@ -1,5 +1,6 @@
 /* bench_calibrate.c - `muonshard bench --calibrate FILE`: the rates of this machine's backend and
- * links, one operation at a time on all ranks at once, as a machine file for `muonshard plan`. */
+ * links, one operation at a time on all ranks at once, as a machine file for `muonshard plan`. Of
+ * several runs the best counts: what else is on the machine only takes away. */
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
@@ -128,8 +129,8 @@ static muonshard_status measure_passes(calibration *c) {
         /* Of sums, two arrays of half the elements are read and one written. */
         const double bytes =
             pass == PASS_SUM ? 6.0 * (double)c->elements : pass_bytes(pass, c->elements);
-        c->pass[pass] = bytes / fmax(all.median - few.median, 1e-9);
-        c->launch = pass == 0 || few.median < c->launch ? few.median : c->launch;
+        c->pass[pass] = bytes / fmax(all.min - few.min, 1e-9);
+        c->launch = pass == 0 || few.min < c->launch ? few.min : c->launch;
     }
     return MUONSHARD_OK;
 }
@@ -177,7 +178,7 @@ static muonshard_status measure_shape(calibration *c, int dtype, int64_t m, int6
     if (status == MUONSHARD_OK) {
         const double flops = ns_program_flops(&program, m, n);
         const double one = c->memory->ops->batched ? flops * (double)count : flops;
-        c->rates[c->rate_count++] = (machine_rate){dtype, one, flops * (double)count / time.median};
+        c->rates[c->rate_count++] = (machine_rate){dtype, one, flops * (double)count / time.min};
     }
     if (p.workspace)
         c->memory->ops->free(c->memory, p.workspace);
@@ -269,7 +270,7 @@ static muonshard_status measure_link(calibration *c) {
             machine_collective(&one, one.ring, ranks, 1.0, ranks, (double)slot, NULL);
         messages[count] = t.latency;
         bytes[count] = t.bandwidth;
-        seconds[count++] = fmax(time.median - own, 0.1 * time.median);
+        seconds[count++] = fmax(time.min - own, 0.1 * time.min);
     }
     double alpha, beta;
     fit(messages, bytes, seconds, count, &alpha, &beta);

@@ -4,6 +4,7 @@
 # `muonshard plan` says for the same machine, model and link.
 #   launch/validate_simulator.sh [OUT]     OUT: a folder for what was measured (default: build/validate)
 # Prints a row a run and the median error of the runs over injected links. RANKS="1 2 4" and MODELS="FILE..." change the sweep.
+# Of several steps the best counts, as in the calibration: what else is on the machine only takes away.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-build/validate}
@@ -33,8 +34,8 @@ if [ -z "${MODELS-}" ]; then
     MODELS="$out/narrow.yaml $out/middle.yaml $out/wide.yaml"
 fi
 
-# The step's time, microseconds, of the last row of a table.
-step_of() { awk '/^ +[0-9]+ +[0-9]+ +[0-9]+  [a-z0-9]+ +[0-9.]+/ { t = $5 } END { print t }' "$1"; }
+# The best step, microseconds, of a result.
+step_of() { awk '/"step_us"/ { on = 1 } on && /"min"/ { gsub(/[",:]/, " "); print $2; exit }' "$1"; }
 
 : >"$out/rows"
 printf '# %5s %-8s %-10s %8s | %12s %12s %8s\n' ranks model link backward measured simulated error
@@ -42,16 +43,16 @@ for ranks in ${RANKS:-1 2 4}; do
     for file in $MODELS; do
         # Anew for each model: other machines on the same hardware, and heat, change what is there to be had.
         machine=$out/machine-$ranks.yaml
-        MUONSHARD_THREADS=1 "$here/run_local.sh" "$ranks" "$muonshard" bench --calibrate "$machine" -n 7 -w 2 threads=1 backend=host \
+        MUONSHARD_THREADS=1 "$here/run_local.sh" "$ranks" "$muonshard" bench --calibrate "$machine" -n 9 -w 2 threads=1 backend=host \
             >"$out/calibrate-$ranks.log" 2>&1
         for link in none 2,50 0.5,200 0.1,1000; do
             [ "$ranks" -gt 1 ] || [ $link = none ] || continue
             for backward in 0 100; do
                 options=(--backward $backward)
                 [ $link = none ] || options+=(--link $link)
-                MUONSHARD_THREADS=1 "$here/run_local.sh" "$ranks" "$muonshard" bench step "$file" -n 5 -w 2 -c 0 threads=1 backend=host \
-                    "${options[@]}" >"$out/measured" 2>"$out/log" || { cat "$out/log"; exit 1; }
-                "$muonshard" plan "$file" --ranks "$ranks" --machine "$machine" "${options[@]}" >"$out/simulated"
+                MUONSHARD_THREADS=1 "$here/run_local.sh" "$ranks" "$muonshard" bench step "$file" -n 9 -w 2 -c 0 threads=1 backend=host \
+                    "${options[@]}" -J "$out/measured" >"$out/log" 2>&1 || { cat "$out/log"; exit 1; }
+                "$muonshard" plan "$file" --ranks "$ranks" --machine "$machine" "${options[@]}" -J "$out/simulated" >"$out/log"
                 cp "$out/measured" "$out/measured-$ranks-$(basename "$file" .yaml)-$link-$backward"
                 cp "$out/simulated" "$out/simulated-$ranks-$(basename "$file" .yaml)-$link-$backward"
                 name=$(basename "$file" .yaml)
