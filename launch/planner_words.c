@@ -162,17 +162,18 @@ static void advise_scaling(const planner *p, const rank_plan *plans, size_t coun
     for (size_t i = 0; i + 1 < count && last == count - 1; i++)
         if (own_seconds(p, &plans[i + 1]) > 0.9 * own_seconds(p, &plans[i]))
             last = i;
-    const cost largest = largest_cost(p, &plans[last], &link);
+    const rank_plan *at = &plans[last + 1 < count ? last + 1 : last];
+    const cost largest = largest_cost(p, at, &link);
     const char *name = largest.on_link ? p->machine.links[link].name : "";
-    const double own = own_seconds(p, &plans[last]);
+    const double own = own_seconds(p, at);
     if (last + 1 < count)
-        say("scaling: up to %d rank%s; %d take %.2f of the time. There most (%.0f of %.0f us) is "
+        say("scaling: up to %d rank%s; %d take %.2f of the time, of which most (%.0f of %.0f us) is "
             "%s%s%s",
-            plans[last].ranks, plans[last].ranks == 1 ? "" : "s", plans[last + 1].ranks,
-            own_seconds(p, &plans[last + 1]) / own, 1e6 * largest.seconds, 1e6 * own, largest.what,
+            plans[last].ranks, plans[last].ranks == 1 ? "" : "s", at->ranks,
+            own / own_seconds(p, &plans[last]), 1e6 * largest.seconds, 1e6 * own, largest.what,
             *name ? " " : "", name);
     else
-        say("scaling: at %d ranks most of the time (%.0f of %.0f us) is %s%s%s", plans[last].ranks,
+        say("scaling: at %d ranks most of the time (%.0f of %.0f us) is %s%s%s", at->ranks,
             1e6 * largest.seconds, 1e6 * own, largest.what, *name ? " " : "", name);
 }
 
