@@ -135,7 +135,8 @@ static void say_finding(const check *c, const finding *f, const char *advice) {
     if (f->hosts == 1)
         check_say(c, "note: %s; %s", f->first, advice);
     else if (f->hosts > 1)
-        check_say(c, "note: %s, and so on %d more hosts; %s", f->first, f->hosts - 1, advice);
+        check_say(c, "note: %s, and so on %d more host%s; %s", f->first, f->hosts - 1,
+                  f->hosts == 2 ? "" : "s", advice);
 }
 
 static void note_cpus(check *c, const survey *s) {
