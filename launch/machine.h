@@ -9,7 +9,7 @@
  *   newton_schulz:
  *     - {dtype: bf16, gflop: 13.6, tflops: 160}     a launch of so many operations runs so fast
  *   links:
- *     - {name: nvlink, ranks: 8, gbs: 370, us: 1.5}
+ *     - {name: nvlink, ranks: 8, gbs: 330, us: 1.5}
  *     - {name: rail, ranks: 16384, gbs: 47, us: 5}
  *
  * A link joins groups of the level before into groups of `ranks` ranks; gbs is what a rank can send

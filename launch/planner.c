@@ -91,6 +91,10 @@ int planner_unit(const planner *p) {
 
 /* ---- groups ---- */
 
+static bool over_nccl(const planner *p) {
+    return p->on_gpu && p->settings->comm != COMM_MPI;
+}
+
 static muonshard_status group_make(const planner *p, const settings *s, int part, int ranks,
                                    group_plan *g, char *message) {
     const int experts = part == MODEL_EXPERTS ? (int)p->model.expert_parallel : 1;
@@ -100,6 +104,8 @@ static muonshard_status group_make(const planner *p, const settings *s, int part
     if (!g->there)
         return MUONSHARD_OK;
     muonshard_status status = plan_make(&g->plan, &p->parts[part], s, world, &error);
+    if (status == MUONSHARD_OK && over_nccl(p))
+        plan_compact(&g->plan, &p->parts[part], s, !s->deterministic);
     if (status == MUONSHARD_OK)
         status = schedule_make(&g->schedule, &g->plan, s, &error);
     return status ? message_fail(message, status, "%s", error.text) : MUONSHARD_OK;
@@ -140,7 +146,7 @@ static muonshard_status add_memory(const planner *p, int part, const group_plan 
                                    char *message) {
     const registry *r = &p->parts[part];
     const plan *q = &g->plan;
-    const bool nccl = p->on_gpu && p->settings->comm != COMM_MPI;
+    const bool nccl = over_nccl(p);
     memory_facts facts = {.plan = q,
                           .settings = p->settings,
                           .tensors = r->tensor_count,

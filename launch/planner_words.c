@@ -96,10 +96,7 @@ static void advise_padding(const rank_plan *r) {
         moved += (double)q->bytes_reduced;
     }
     if (padded > 0.25 * moved && moved > 0.0)
-        say("%d ranks: %.2f GiB of every reduction are empty slots; over NCCL waves with more than "
-            "a "
-            "quarter of them travel as reduces and broadcasts of the others",
-            r->ranks, padded / GIB);
+        say("%d ranks: %.2f GiB of what is reduced are empty slots", r->ranks, padded / GIB);
 }
 
 /* ---- where it stops ---- */
@@ -167,7 +164,8 @@ static void advise_scaling(const planner *p, const rank_plan *plans, size_t coun
     const char *name = largest.on_link ? p->machine.links[link].name : "";
     const double own = own_seconds(p, at);
     if (last + 1 < count)
-        say("scaling: up to %d rank%s; %d take %.2f of the time, of which most (%.0f of %.0f us) is "
+        say("scaling: up to %d rank%s; %d take %.2f of the time, of which most (%.0f of %.0f us) "
+            "is "
             "%s%s%s",
             plans[last].ranks, plans[last].ranks == 1 ? "" : "s", at->ranks,
             own / own_seconds(p, &plans[last]), 1e6 * largest.seconds, 1e6 * own, largest.what,

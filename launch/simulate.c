@@ -113,10 +113,8 @@ static void add_wave(const machine *m, const sim_group *g, const wave *w, double
     const double ranks = (double)g->plan->world_size;
     double filled = ranks;
     /* NCCL leaves empty slots out where there are many (src/comm/nccl.c). */
-    if (m->ring && w->kind == PLAN_MATRICES && ranks > 1.0) {
-        const double full = (double)filled_slots(g->plan, w);
-        filled = 4.0 * (ranks - full) > ranks ? full : ranks;
-    }
+    if (m->ring && plan_is_sparse(g->plan, w))
+        filled = (double)filled_slots(g->plan, w);
     t->filled += filled * slot; /* for now bytes */
     t->slot += slot;
     if (reduces && (!m->ring || w->wire != MUONSHARD_FP32 || g->settings->deterministic)) {

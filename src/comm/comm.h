@@ -31,6 +31,7 @@ typedef struct comm_part {
     muonshard_dtype dtype; /* reduce-scatter: of what is sent; it is summed in fp32 */
     const uint8_t *filled; /* NULL: all; or [size]: slots of ranks whose flag is 0 mean nothing, and
                               need not travel */
+    bool compact;          /* where all slots are, those have no place: [filled slots, bytes] */
 } comm_part;
 
 /* Several parts travel together: one NCCL group, one batch of messages. The parts array is borrowed
@@ -67,6 +68,7 @@ typedef struct comm_ops {
     const char *name;
     bool native_reduce_scatter; /* in fp32 whatever is sent; comm_create sets `sums` by it */
     bool on_stream; /* takes any backend's memory; done means that it is in the stream's order */
+    bool leaves_out_empty;   /* slots that mean nothing, where they are more than a quarter */
     bool writes_after_death; /* what never completed may still write to its buffers */
     /* Begins the ticket's request; same order on every rank; never waits for another rank.
      * (callbacks may: it says so.) Without native_reduce_scatter that kind is an exchange into

@@ -109,24 +109,30 @@ static ncclResult_t reduce_scatter(const muonshard_comm *comm, ncclComm_t nccl,
                                    const comm_part *part, cudaStream_t stream) {
     const size_t count = part->bytes / sizeof(float);
     ncclResult_t code = ncclSuccess;
+    size_t place = 0;
     if (!is_sparse(comm, part))
         return ncclReduceScatter(part->send, part->recv, count, ncclFloat32, ncclSum, nccl, stream);
-    for (int r = 0; r < comm->size && is_taken(code); r++)
+    for (int r = 0; r < comm->size && is_taken(code); r++) {
         if (part->filled[r])
-            code = ncclReduce((const char *)part->send + (size_t)r * part->bytes, part->recv, count,
+            code = ncclReduce((const char *)part->send + place * part->bytes, part->recv, count,
                               ncclFloat32, ncclSum, r, nccl, stream);
+        place += part->filled[r] || !part->compact;
+    }
     return code;
 }
 
 static ncclResult_t all_gather(const muonshard_comm *comm, ncclComm_t nccl, const comm_part *part,
                                cudaStream_t stream) {
     ncclResult_t code = ncclSuccess;
+    size_t place = 0;
     if (!is_sparse(comm, part))
         return ncclAllGather(part->send, part->recv, part->bytes, ncclInt8, nccl, stream);
-    for (int r = 0; r < comm->size && is_taken(code); r++)
+    for (int r = 0; r < comm->size && is_taken(code); r++) {
         if (part->filled[r])
-            code = ncclBroadcast(part->send, (char *)part->recv + (size_t)r * part->bytes,
-                                 part->bytes, ncclInt8, r, nccl, stream);
+            code = ncclBroadcast(part->send, (char *)part->recv + place * part->bytes, part->bytes,
+                                 ncclInt8, r, nccl, stream);
+        place += part->filled[r] || !part->compact;
+    }
     return code;
 }
 
@@ -352,6 +358,7 @@ static void nccl_destroy(muonshard_comm *comm) {
 static const comm_ops nccl_ops = {.name = "nccl",
                                   .native_reduce_scatter = true,
                                   .on_stream = true,
+                                  .leaves_out_empty = true,
                                   .writes_after_death = true,
                                   .start = nccl_start,
                                   .test = nccl_test,

@@ -23,6 +23,7 @@ typedef struct builder {
     double *cost; /* own, [view_count]: operations of its Newton-Schulz */
     int *held;    /* own, [world_size]: loose views of the shape under way that a rank has */
     size_t slot_capacity; /* of plan.slots */
+    bool sums_fp32;       /* the transport adds up gradients in fp32 itself */
 } builder;
 
 static size_t aligned(size_t bytes) {
@@ -300,11 +301,28 @@ static size_t factor_bytes(const builder *b, const wave *w) {
     return sent ? (size_t)long_side(w->rows, w->cols) * sizeof(float) : 0;
 }
 
+static size_t filled_slots(const plan *p, const wave *w) {
+    size_t filled = 0;
+    for (int rank = 0; rank < p->world_size; rank++)
+        filled += plan_slot_view(p, w, rank) != PLAN_EMPTY_SLOT;
+    return filled;
+}
+
+bool plan_is_sparse(const plan *p, const wave *w) {
+    const size_t ranks = (size_t)p->world_size;
+    return w->kind == PLAN_MATRICES && 4 * (ranks - filled_slots(p, w)) > ranks;
+}
+
+/* Slots that have a place. */
+static size_t places(const plan *p, const wave *w, bool compact) {
+    return compact ? filled_slots(p, w) : (size_t)p->world_size;
+}
+
 /* Where batch `k` is gathered, from `start`; returns the end. */
 static size_t lay_out_gather(builder *b, const batch *k, size_t start) {
-    const size_t n = (size_t)b->p->world_size;
     for (size_t i = 0; i < k->count; i++) {
         wave *w = &b->p->waves[k->first + i];
+        const size_t n = places(b->p, w, w->compact_gather);
         const ns_program working = {.dtype = newton_schulz_dtype(b->s, w->dtype)};
         w->sent = k->gathers_params ? w->dtype : ns_program_output(&working);
         w->gather_offset = start;
@@ -330,14 +348,14 @@ static void lay_out_gathers(builder *b) {
 
 static void lay_out_reduction(builder *b, wave *w) {
     plan *p = b->p;
-    const size_t whole = (size_t)p->world_size * w->slot * dtype_size(w->wire);
+    const size_t slot = w->slot * dtype_size(w->wire), whole = (size_t)p->world_size * slot;
     if (b->s->reduce == REDUCE_NONE)
         return;
     w->exchange_offset = p->scratch_bytes;
-    p->scratch_bytes += aligned(whole);
+    p->scratch_bytes += b->sums_fp32 && w->wire == MUONSHARD_FP32 ? 0 : aligned(whole);
     if (w->packed) {
         w->pack_offset = p->pack_bytes;
-        p->pack_bytes += aligned(whole);
+        p->pack_bytes += aligned(places(p, w, w->compact_pack) * slot);
     } else if (whole > p->largest_unpacked_bytes) {
         p->largest_unpacked_bytes = whole;
     }
@@ -361,6 +379,8 @@ static void lay_out_owned(builder *b, wave *w) {
 
 static void lay_out(builder *b) {
     plan *p = b->p;
+    p->matrix_elements = p->variance_elements = p->master_elements = 0;
+    p->pack_bytes = p->largest_unpacked_bytes = p->scratch_bytes = 0;
     lay_out_gathers(b);
     for (size_t i = 0; i < p->wave_count; i++) {
         lay_out_reduction(b, &p->waves[i]);
@@ -372,26 +392,22 @@ static void lay_out(builder *b) {
     p->owned_elements = p->matrix_elements + p->flat_shard;
 }
 
-static size_t filled_slots(const plan *p, const wave *w) {
-    size_t filled = 0;
-    for (int rank = 0; rank < p->world_size; rank++)
-        filled += plan_slot_view(p, w, rank) != PLAN_EMPTY_SLOT;
-    return filled;
-}
-
 static void count_bytes(builder *b) {
     plan *p = b->p;
     const size_t n = (size_t)p->world_size;
     const bool reduce = b->s->reduce != REDUCE_NONE;
+    p->bytes_reduced = p->bytes_gathered = p->bytes_packed = p->bytes_padded = 0;
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[i];
         const bool params = w->kind == PLAN_FLAT || registry_gathers_params(b->s, w->dtype);
         const size_t used = w->kind == PLAN_FLAT ? p->flat_elements : filled_slots(p, w) * w->slot;
         const size_t sent = w->slot * dtype_size(w->sent) + (params ? 0 : factor_bytes(b, w));
-        p->bytes_reduced += reduce ? (n - 1) * w->slot * dtype_size(w->wire) : 0;
-        p->bytes_gathered += (n - 1) * sent;
+        /* Of a wave whose empty slots are left out every rank sends and receives the others. */
+        const size_t reduced = w->compact_pack ? filled_slots(p, w) : n - 1;
+        p->bytes_reduced += reduce ? reduced * w->slot * dtype_size(w->wire) : 0;
+        p->bytes_gathered += (w->compact_gather ? filled_slots(p, w) : n - 1) * sent;
         p->bytes_packed += reduce && w->packed ? used * dtype_size(w->wire) : 0;
-        p->bytes_padded += (n * w->slot - used) * dtype_size(w->wire);
+        p->bytes_padded += w->compact_pack ? 0 : (n * w->slot - used) * dtype_size(w->wire);
     }
 }
 
@@ -486,6 +502,17 @@ muonshard_status plan_make(plan *p, const registry *r, const settings *s, int wo
     return status;
 }
 
+void plan_compact(plan *p, const registry *r, const settings *s, bool sums_fp32) {
+    builder b = {.p = p, .r = r, .s = s, .sums_fp32 = sums_fp32};
+    for (size_t i = 0; i < p->wave_count; i++) {
+        wave *w = &p->waves[i];
+        w->compact_gather = plan_is_sparse(p, w);
+        w->compact_pack = w->compact_gather && w->packed && sums_fp32 && w->wire == MUONSHARD_FP32;
+    }
+    lay_out(&b);
+    count_bytes(&b);
+}
+
 uint64_t plan_hash(const plan *p) {
     uint64_t h = XXH64(p->slots, p->slot_count * sizeof *p->slots, (uint64_t)p->world_size);
     h = XXH64(p->reduce_order, p->wave_count * sizeof *p->reduce_order, h);
@@ -495,7 +522,7 @@ uint64_t plan_hash(const plan *p) {
             w->kind,          w->packed,          (uint64_t)w->rows, (uint64_t)w->cols,
             w->slot,          w->first_slot,      w->pack_offset,    w->owned_offset,
             w->gather_offset, (uint64_t)w->dtype, (uint64_t)w->wire, (uint64_t)w->sent,
-            w->factor_offset};
+            w->factor_offset, w->compact_pack,    w->compact_gather};
         h = XXH64(facts, sizeof facts, h);
     }
     for (size_t i = 0; i < p->bucket_count; i++) {

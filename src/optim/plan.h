@@ -18,7 +18,9 @@ typedef enum plan_kind { PLAN_MATRICES, PLAN_FLAT } plan_kind;
  * caller's memory. The flat rest is one wave. */
 typedef struct wave {
     plan_kind kind;
-    bool packed;           /* gradients are copied to the pack arena before they are sent */
+    bool packed; /* gradients are copied to the pack arena before they are sent */
+    /* Empty slots have no place in the pack arena; nor where the wave is gathered: plan_compact. */
+    bool compact_pack, compact_gather;
     int64_t rows, cols;    /* of every slot's view, up to transposition; flat: [1, slot] */
     size_t slot;           /* elements */
     muonshard_dtype dtype; /* of its parameters; flat: of all of them, or fp32 where they differ */
@@ -28,7 +30,7 @@ typedef struct wave {
     size_t first_view;     /* lowest view in it; flat: not used */
     int first_tensor;      /* lowest tensor in it */
     int64_t priority;      /* highest in it */
-    /* bytes in the pack arena, [world_size, slot] of wire */
+    /* bytes in the pack arena, [world_size, slot] of wire; [filled slots, slot] where compact */
     size_t pack_offset;
     /* bytes in the exchange arena: reduce-scatter scratch, [world_size, slot] of wire; and once
      * gradients are reduced what is gathered, [world_size, slot] of sent, and the variance's
@@ -88,9 +90,15 @@ typedef struct plan {
 
 muonshard_status plan_make(plan *p, const registry *r, const settings *s, int world_size,
                            error_text *error);
+/* For a transport that leaves empty slots out where they are more than a quarter: then arenas have
+ * no place for them. `sums_fp32`: it sums gradients in fp32 itself; others need a slot for each
+ * rank, to be added up. */
+void plan_compact(plan *p, const registry *r, const settings *s, bool sums_fp32);
 uint64_t plan_hash(const plan *p);
 void plan_free(plan *p);
 
+/* More than a quarter of the slots are empty. */
+bool plan_is_sparse(const plan *p, const wave *w);
 /* The view in rank's slot, or PLAN_EMPTY_SLOT. */
 static inline size_t plan_slot_view(const plan *p, const wave *w, int rank) {
     return p->slots[w->first_slot + (size_t)rank];

@@ -97,14 +97,16 @@ static muonshard_status run_pack(muonshard_optimizer *o, const op *operation) {
                 o->converts[count++] = from_grad(
                     t, 0, t->elements, to + p->flat_offset[k] * dtype_size(w->wire), w->wire);
         }
+        size_t place = 0;
         for (int r = 0; w->kind == PLAN_MATRICES && r < p->world_size; r++) {
             const size_t index = plan_slot_view(p, w, r);
-            if (index == PLAN_EMPTY_SLOT)
+            if (index == PLAN_EMPTY_SLOT) {
+                place += !w->compact_pack;
                 continue;
+            }
             const view *v = &o->registry.views[index];
-            o->converts[count++] =
-                from_grad(&o->registry.tensors[v->tensor], v->offset, w->slot,
-                          to + (size_t)r * w->slot * dtype_size(w->wire), w->wire);
+            o->converts[count++] = from_grad(&o->registry.tensors[v->tensor], v->offset, w->slot,
+                                             to + place++ * w->slot * dtype_size(w->wire), w->wire);
         }
     }
     return run_converts(o, NULL, count);

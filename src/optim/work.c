@@ -106,17 +106,18 @@ static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, s
                                         .tensor = v->tensor};
 }
 
-static void add_slot(muonshard_optimizer *o, const batch *b, const wave *w, int rank,
+/* `place`: of the rank's slot where the wave is gathered. */
+static void add_slot(muonshard_optimizer *o, const batch *b, const wave *w, int rank, size_t place,
                      batch_work *work) {
     const workspace *m = &o->memory;
     const bool own = rank == o->comm->rank;
     const muonshard_dtype u_dtype = ns_program_output(work->program);
     const char *gathered = m->exchange + w->gather_offset;
-    const char *slot = gathered + (size_t)rank * w->slot * dtype_size(w->sent);
+    const char *slot = gathered + place * w->slot * dtype_size(w->sent);
     if (!b->gathers_params) {
         const float *factors = (const float *)(const void *)(m->exchange + w->factor_offset);
         work->apply[work->apply_count++] =
-            apply_view(o, w, rank, slot, factors + (size_t)(rank * b->n), u_dtype);
+            apply_view(o, w, rank, slot, factors + place * (size_t)b->n, u_dtype);
     } else if (own) {
         work->apply[work->apply_count++] = apply_view(o, w, rank, m->owned + w->owned_offset,
                                                       m->factors + w->variance_offset, u_dtype);
@@ -138,9 +139,13 @@ static void make_batch(muonshard_optimizer *o, const batch *b, batch_work *work)
     size_t owned = 0;
     for (size_t i = 0; i < b->count; i++) {
         const wave *w = &p->waves[b->first + i];
-        for (int r = 0; r < p->world_size; r++)
+        size_t place = 0;
+        for (int r = 0; r < p->world_size; r++) {
             if (plan_slot_view(p, w, r) != PLAN_EMPTY_SLOT)
-                add_slot(o, b, w, r, work);
+                add_slot(o, b, w, r, place++, work);
+            else
+                place += !w->compact_gather;
+        }
         if (plan_slot_view(p, w, o->comm->rank) != PLAN_EMPTY_SLOT)
             add_owned(o, w, work, owned++);
     }
@@ -261,11 +266,14 @@ static muonshard_status make_filled(muonshard_optimizer *o) {
 
 /* `offset` in the exchange arena, and in what it is staged by. */
 static void add_gathered(muonshard_optimizer *o, op_state *state, const void *send, size_t offset,
-                         size_t bytes, const uint8_t *filled) {
+                         size_t bytes, const uint8_t *filled, bool compact) {
     const workspace *m = &o->memory;
     comm_part *part = &state->parts[state->part_count];
-    *part =
-        (comm_part){.send = send, .recv = m->exchange + offset, .bytes = bytes, .filled = filled};
+    *part = (comm_part){.send = send,
+                        .recv = m->exchange + offset,
+                        .bytes = bytes,
+                        .filled = filled,
+                        .compact = compact};
     if (state->host_parts) {
         comm_part *host = &state->host_parts[state->part_count];
         *host = *part;
@@ -284,10 +292,10 @@ static muonshard_status make_gather(muonshard_optimizer *o, const batch *b, op_s
         const wave *w = &o->plan.waves[b->first + i];
         const uint8_t *filled = filled_slots(o, w);
         add_gathered(o, state, gathered_from(o, b, w), w->gather_offset,
-                     w->slot * dtype_size(w->sent), filled);
+                     w->slot * dtype_size(w->sent), filled, w->compact_gather);
         if (factors)
             add_gathered(o, state, m->factors + w->variance_offset, w->factor_offset,
-                         (size_t)b->n * sizeof(float), filled);
+                         (size_t)b->n * sizeof(float), filled, w->compact_gather);
     }
     return MUONSHARD_OK;
 }
@@ -304,7 +312,8 @@ static muonshard_status make_reduction(muonshard_optimizer *o, const bucket *b, 
                                       .scratch = m->exchange + w->exchange_offset,
                                       .bytes = w->slot * dtype_size(w->wire),
                                       .dtype = w->wire,
-                                      .filled = filled_slots(o, w)};
+                                      .filled = filled_slots(o, w),
+                                      .compact = w->compact_pack};
         if (state->host_parts) {
             state->host_parts[i] = state->parts[i];
             state->host_parts[i].send = m->staged_sent + w->exchange_offset;
