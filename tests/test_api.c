@@ -125,6 +125,22 @@ static void test_explicit_backend_that_is_not_there(void **state) {
     assert_non_null(strstr(muonshard_comm_last_error(f->comm), "no CUDA backend"));
 }
 
+/* What was asked for is never replaced. */
+static void test_explicit_communicators_that_are_not_there(void **state) {
+    fixture *f = *state;
+    static const char *const choices[][2] = {{"nccl", "moves memory of GPUs; the backend is host"},
+                                             {"mpi", "comm: mpi is configured; the program came "
+                                                     "with a communicator over self"}};
+    assert_int_equal(muonshard_config_set(f->config, "backend", "host"), MUONSHARD_OK);
+    for (size_t i = 0; i < 2; i++) {
+        muonshard_optimizer *o = NULL;
+        assert_int_equal(muonshard_config_set(f->config, "comm", choices[i][0]), MUONSHARD_OK);
+        assert_int_equal(muonshard_create(f->comm, f->config, NULL, &o), MUONSHARD_ERR_UNAVAILABLE);
+        assert_null(o);
+        assert_non_null(strstr(muonshard_comm_last_error(f->comm), choices[i][1]));
+    }
+}
+
 static void test_the_order_of_calls(void **state) {
     fixture *f = *state;
     muonshard_stats_info stats = MUONSHARD_STATS_INIT;
@@ -463,6 +479,7 @@ int main(void) {
         cmocka_unit_test(test_null_handles),
         CREATED(test_create_without_config),
         CREATED(test_explicit_backend_that_is_not_there),
+        CREATED(test_explicit_communicators_that_are_not_there),
         CREATED(test_the_order_of_calls),
         CREATED(test_bad_tensors),
         CREATED(test_storage_of_16_bit_parameters),

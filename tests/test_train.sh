@@ -8,6 +8,7 @@ mpiexec=${2:-mpirun}
 export OPENBLAS_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
 
+configs=$(realpath "$(dirname "$0")/../configs") || exit 1
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
@@ -158,6 +159,12 @@ refused "other text on a rank" 17 "rank 1 reads other text" "$mpiexec" --timeout
 refused "diverged" 13 "20 steps in a row were skipped" two tiny.yaml train.steps=60 train.log=diverged.jsonl lr=1e6 weight_decay=1e6
 grep -q '"train_loss":null.*"skipped":true' diverged.jsonl && passed "skips are logged" ||
     failed "skips are logged" "$(tail -1 diverged.jsonl)"
+
+# The file a person with eight GPUs starts from, on less of everything.
+"$mpiexec" --timeout 100 -n 2 "$muonshard" train "$configs/gpt2-124m.yaml" model.layers=1 model.width=24 model.heads=3 model.context=17 \
+    "data.files=text/*.txt" data.val_fraction=0.1 train.steps=4 train.batch=4 train.micro_batch=2 train.warmup=1 train.eval_windows=4 \
+    train.log=gpt2.jsonl >stdout 2>stderr && [ "$(grep -c train_loss gpt2.jsonl)" -ge 4 ] && passed "configs/gpt2-124m.yaml" ||
+    failed "configs/gpt2-124m.yaml" "$(tail -1 stdout)"
 
 "$muonshard" train --help >stdout 2>stderr && grep -q 'train.batch' stdout && grep -q 'ns_steps' stdout &&
     passed "help" || failed "help" "$(wc -l <stdout) lines"
