@@ -167,16 +167,20 @@ static json_t *ceilings_json(const bench_ceilings *c) {
         "memcpy_gbs", bench_number(1e-9 * c->memcpy_bytes));
 }
 
+void bench_stamp(char date[32], char version[32]) {
+    const time_t now = time(NULL);
+    struct tm utc;
+    gmtime_r(&now, &utc);
+    strftime(date, 32, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    const int v = muonshard_version();
+    snprintf(version, 32, "%d.%d.%d", v / 10000, v / 100 % 100, v % 100);
+}
+
 static muonshard_status write_json(bench *b, const char *path, const char *line) {
     if (!path || b->cmd->rank != 0)
         return MUONSHARD_OK;
     char date[32], version[32];
-    const time_t now = time(NULL);
-    struct tm utc;
-    gmtime_r(&now, &utc);
-    strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    const int v = muonshard_version();
-    snprintf(version, sizeof version, "%d.%d.%d", v / 10000, v / 100 % 100, v % 100);
+    bench_stamp(date, version);
     const size_t size = muonshard_config_dump(b->cmd->config, NULL, 0) + 1;
     char *config = malloc(size);
     if (config)

@@ -85,6 +85,8 @@ muonshard_status bench_step(bench *b, const char *backward, const char *link);
 /* Writes a machine file. */
 muonshard_status bench_calibrate(bench *b, const char *path);
 
+/* When, and by what version: of the JSON. */
+void bench_stamp(char date[32], char version[32]);
 /* The processor's name. */
 void bench_processor(char *name, size_t size);
 

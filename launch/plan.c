@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "bench.h"
 #include "command.h"
@@ -377,12 +376,7 @@ static json_t *row_of(const planner *p, const rank_plan *r) {
 static muonshard_status write_json(const plans *all, const char *path, char *message) {
     const machine *m = &all->planner.machine;
     char date[32], version[32];
-    const time_t now = time(NULL);
-    struct tm utc;
-    gmtime_r(&now, &utc);
-    strftime(date, sizeof date, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    const int v = muonshard_version();
-    snprintf(version, sizeof version, "%d.%d.%d", v / 10000, v / 100 % 100, v % 100);
+    bench_stamp(date, version);
     json_t *rows = json_array();
     for (size_t i = 0; i < all->count; i++)
         json_array_append_new(rows, row_of(&all->planner, &all->plans[i]));

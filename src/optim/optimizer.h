@@ -155,6 +155,10 @@ static inline size_t stamp_index(const muonshard_optimizer *o, int64_t step, siz
                                  op_stamp which) {
     return ((size_t)(step % STEPS_IN_FLIGHT) * o->schedule.count + index) * STAMP_COUNT + which;
 }
+/* How long a wait of step number `step` may take, seconds. */
+static inline double step_deadline(const muonshard_optimizer *o, int64_t step) {
+    return step == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
+}
 muonshard_status settle_stamp(muonshard_optimizer *o, size_t index, op_stamp which,
                               backend_stream stream);
 /* The step's record has arrived in memory.posted. */
@@ -164,6 +168,8 @@ muonshard_status settle_until(muonshard_optimizer *o, int64_t step);
 /* Nothing of the handle's is under way on the device any more; or, by the deadline, its
  * communicator is dead. */
 void settle_idle(muonshard_optimizer *o);
+/* Every operation is issued: what has to be said among the ranks, of errors and of replicas. */
+muonshard_status settle_finish(muonshard_optimizer *o);
 /* Without waiting: as far as steps are over. */
 muonshard_status settle_what_is_over(muonshard_optimizer *o);
 

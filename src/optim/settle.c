@@ -131,7 +131,7 @@ muonshard_status settle_until(muonshard_optimizer *o, int64_t step) {
     while (o->settled < step) {
         const int64_t next = o->settled + 1;
         const double begin = now_s();
-        const double deadline = next == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
+        const double deadline = step_deadline(o, next);
         for (bool over = false; !over;) {
             const double waited = now_s() - begin;
             TRY(look(o, next, &over));
@@ -151,7 +151,7 @@ void settle_idle(muonshard_optimizer *o) {
     /* The one stamp that is no operation's. */
     const size_t idle = o->schedule.count * STEPS_IN_FLIGHT * STAMP_COUNT;
     const double begin = now_s();
-    const double deadline = o->step == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
+    const double deadline = step_deadline(o, o->step);
     for (int stream = STREAM_COUNT - 1; stream >= 0; stream--) {
         bool passed = false;
         muonshard_status status =
@@ -176,4 +176,63 @@ muonshard_status settle_what_is_over(muonshard_optimizer *o) {
         TRY(account(o, o->settled + 1));
     }
     return MUONSHARD_OK;
+}
+
+/* ---- the end of a step, on the host ---- */
+
+/* Host messages at the end of a step wait no longer than its operations. Returns the deadline that
+ * holds outside of steps, to be put back. */
+static double enter_step_deadline(muonshard_optimizer *o, muonshard_comm *comm, const char *phase) {
+    const double outside = comm->options.timeout_s;
+    comm_mark(comm, o->step, "%s", phase);
+    comm->options.timeout_s = step_deadline(o, o->step);
+    return outside;
+}
+
+/* A rank without an error of its own may have been given other values than rank 0. */
+static muonshard_status compare_values(muonshard_optimizer *o) {
+    double first = o->fingerprint;
+    const double outside = enter_step_deadline(o, o->comm, "agreement on an error");
+    const muonshard_status status = comm_broadcast(o->comm, &first, sizeof first, 0);
+    o->comm->options.timeout_s = outside;
+    if (status)
+        return step_kill(o, status, &o->comm->error);
+    if (o->step_status == MUONSHARD_OK && first != o->fingerprint)
+        o->step_status = fail(&o->error, MUONSHARD_ERR_MISMATCH,
+                              "step: learning rates, momentum, weight decay or grad_scale differ "
+                              "from rank 0's");
+    return MUONSHARD_OK;
+}
+
+/* Everybody knows that some rank failed; the text is the lowest one's. */
+static muonshard_status agree_on_failure(muonshard_optimizer *o) {
+    TRY(compare_values(o));
+    muonshard_comm *over = o->agree_comm ? o->agree_comm : o->comm;
+    const double outside = enter_step_deadline(o, over, "agreement on an error");
+    const muonshard_status status = comm_agree(over, o->step_status, &o->error);
+    over->options.timeout_s = outside;
+    return over->dead ? step_kill(o, status, &over->error) : status;
+}
+
+static muonshard_status check_replicas(muonshard_optimizer *o) {
+    const double outside = enter_step_deadline(o, o->comm, "comparison of replicas");
+    const muonshard_status status = replicas_check(o);
+    o->comm->options.timeout_s = outside;
+    return status ? step_kill(o, status, &o->error) : MUONSHARD_OK;
+}
+
+muonshard_status settle_finish(muonshard_optimizer *o) {
+    const int64_t every = o->settings->check_replicas;
+    const bool check = every && o->step % every == 0;
+    o->open = false;
+    o->stats.steps++;
+    muonshard_status status = MUONSHARD_OK;
+    if (!runs_ahead(o) || check)
+        TRY(settle_until(o, o->step));
+    if (o->failed)
+        status = agree_on_failure(o);
+    else if (check)
+        status = check_replicas(o);
+    comm_mark(o->comm, 0, "between steps");
+    return status;
 }

@@ -22,10 +22,6 @@ static muonshard_status from_comm(muonshard_optimizer *o, const muonshard_comm *
     return status ? step_kill(o, status, &comm->error) : MUONSHARD_OK;
 }
 
-static double deadline(const muonshard_optimizer *o) {
-    return o->step == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
-}
-
 static muonshard_status run_converts(muonshard_optimizer *o, const kernel_context *context,
                                      size_t count) {
     return from_backend(
@@ -168,7 +164,8 @@ static muonshard_status gather_totals(muonshard_optimizer *o) {
     comm_mark(o->agree_comm, o->step, "agreement of groups");
     TRY(from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMPUTE, STREAM_COMM)));
     TRY(from_comm(o, o->agree_comm, comm_start(o->agree_comm, &request, &o->totals.ticket)));
-    TRY(from_comm(o, o->agree_comm, comm_wait(o->agree_comm, &o->totals.ticket, deadline(o))));
+    TRY(from_comm(o, o->agree_comm,
+                  comm_wait(o->agree_comm, &o->totals.ticket, step_deadline(o, o->step))));
     comm_mark(o->agree_comm, 0, "outside the library");
     return from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMM, STREAM_COMPUTE));
 }
@@ -359,7 +356,7 @@ static muonshard_status wait_collective(muonshard_optimizer *o, size_t index) {
     op_state *state = &o->ops[index];
     if (!state->ticket.open)
         return MUONSHARD_OK;
-    TRY(from_comm(o, o->data, comm_wait(o->data, &state->ticket, deadline(o))));
+    TRY(from_comm(o, o->data, comm_wait(o->data, &state->ticket, step_deadline(o, o->step))));
     return note_arrival(o, index);
 }
 
@@ -542,66 +539,11 @@ muonshard_status step_begin(muonshard_optimizer *o) {
     o->failed = false;
     o->step_status = MUONSHARD_OK;
     o->begun[o->step % STEPS_IN_FLIGHT] = now_s();
-    o->data->options.timeout_s = o->data == o->comm ? o->comm->options.timeout_s : deadline(o);
+    o->data->options.timeout_s =
+        o->data == o->comm ? o->comm->options.timeout_s : step_deadline(o, o->step);
     memset(o->ready, 0, o->first_entry[o->registry.tensor_count]);
     /* What travels now lands where the last step's updates are read. */
     return from_backend(o, o->backend->ops->fence(o->backend, STREAM_COMPUTE, STREAM_COMM));
-}
-
-/* Host messages at the end of a step wait no longer than its operations. Returns the deadline that
- * holds outside of steps, to be put back. */
-static double enter_step_deadline(muonshard_optimizer *o, muonshard_comm *comm, const char *phase) {
-    const double outside = comm->options.timeout_s;
-    comm_mark(comm, o->step, "%s", phase);
-    comm->options.timeout_s = deadline(o);
-    return outside;
-}
-
-/* A rank without an error of its own may have been given other values than rank 0. */
-static muonshard_status compare_values(muonshard_optimizer *o) {
-    double first = o->fingerprint;
-    const double outside = enter_step_deadline(o, o->comm, "agreement on an error");
-    const muonshard_status status = comm_broadcast(o->comm, &first, sizeof first, 0);
-    o->comm->options.timeout_s = outside;
-    TRY(from_comm(o, o->comm, status));
-    if (o->step_status == MUONSHARD_OK && first != o->fingerprint)
-        o->step_status = fail(&o->error, MUONSHARD_ERR_MISMATCH,
-                              "step: learning rates, momentum, weight decay or grad_scale differ "
-                              "from rank 0's");
-    return MUONSHARD_OK;
-}
-
-/* Everybody knows that some rank failed; the text is the lowest one's. */
-static muonshard_status agree_on_failure(muonshard_optimizer *o) {
-    TRY(compare_values(o));
-    muonshard_comm *over = o->agree_comm ? o->agree_comm : o->comm;
-    const double outside = enter_step_deadline(o, over, "agreement on an error");
-    const muonshard_status status = comm_agree(over, o->step_status, &o->error);
-    over->options.timeout_s = outside;
-    return over->dead ? step_kill(o, status, &over->error) : status;
-}
-
-static muonshard_status check_replicas(muonshard_optimizer *o) {
-    const double outside = enter_step_deadline(o, o->comm, "comparison of replicas");
-    const muonshard_status status = replicas_check(o);
-    o->comm->options.timeout_s = outside;
-    return status ? step_kill(o, status, &o->error) : MUONSHARD_OK;
-}
-
-static muonshard_status finish(muonshard_optimizer *o) {
-    const int64_t every = o->settings->check_replicas;
-    const bool check = every && o->step % every == 0;
-    o->open = false;
-    o->stats.steps++;
-    muonshard_status status = MUONSHARD_OK;
-    if (!runs_ahead(o) || check)
-        TRY(settle_until(o, o->step));
-    if (o->failed)
-        status = agree_on_failure(o);
-    else if (check)
-        status = check_replicas(o);
-    comm_mark(o->comm, 0, "between steps");
-    return status;
 }
 
 muonshard_status step_run_until(muonshard_optimizer *o, size_t end) {
@@ -612,7 +554,7 @@ muonshard_status step_run_until(muonshard_optimizer *o, size_t end) {
         o->next = after > o->next ? after : o->next + 1;
     }
     const bool last = o->next == o->schedule.count && o->open;
-    const muonshard_status status = last ? finish(o) : MUONSHARD_OK;
+    const muonshard_status status = last ? settle_finish(o) : MUONSHARD_OK;
     if (!runs_ahead(o))
         o->stats.time_step += now_s() - start;
     return status;
