@@ -178,7 +178,7 @@ static muonshard_status add_memory(const planner *p, int part, const group_plan 
 static muonshard_status add_imbalance(const planner *p, int ranks, ownership_policy policy,
                                       double *mean, double *largest, double *bound, char *message) {
     settings s = *p->settings;
-    s.ownership = policy;
+    s.ownership = (int)policy;
     *mean = *largest = *bound = 0.0;
     for (int part = 0; part < MODEL_PARTS; part++) {
         const registry *r = &p->parts[part];

@@ -442,8 +442,8 @@ static muonshard_status describe_device(backend *self, error_text *error) {
     FAIL_IF(code != cudaSuccess, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s",
             cudaGetErrorString(code));
     memcpy(self->device, p.uuid.bytes, sizeof self->device);
-    int at = snprintf(self->device_text, sizeof self->device_text, "device %d: %.30s, sm_%d%d, GPU-",
-                      device, p.name, p.major, p.minor);
+    int at = snprintf(self->device_text, sizeof self->device_text,
+                      "device %d: %.30s, sm_%d%d, GPU-", device, p.name, p.major, p.minor);
     for (int i = 0; i < 16; i++) /* as nvidia-smi -L writes it */
         at += snprintf(self->device_text + at, sizeof self->device_text - (size_t)at, "%s%02x",
                        i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "", self->device[i]);
