@@ -233,13 +233,13 @@ double machine_newton_schulz(const machine *m, int dtype, double flops, double c
         else if (!above)
             above = r;
     }
-    if (!below && !above)
-        return NAN;
-    double rate = below ? below->rate : above->rate;
-    if (below && above) {
+    if (!above)
+        return below ? flops * count / below->rate : NAN;
+    double rate = above->rate;
+    if (below) {
         const double t = log(launch / below->flops) / log(above->flops / below->flops);
         rate = exp((1.0 - t) * log(below->rate) + t * log(above->rate));
-    } else if (above && m->on_gpu) {
+    } else if (m->on_gpu) {
         /* What is too small to fill the card takes as long as what just does. */
         rate *= launch / above->flops;
     }

@@ -346,9 +346,10 @@ static void sum_up(walk *w) {
 
 static muonshard_status count_work(walk *w) {
     const plan *p = w->g->plan;
-    double *flops = calloc(2 * w->ranks, sizeof *flops), *matrices = flops + w->ranks;
+    double *flops = calloc(2 * w->ranks, sizeof *flops);
     if (!flops)
         return message_fail(w->message, MUONSHARD_ERR_MEMORY, "out of memory");
+    double *matrices = flops + w->ranks;
     for (size_t i = 0; i < w->g->schedule->count; i++) {
         if (w->g->schedule->ops[i].kind != OP_ORTHOGONALIZE)
             continue;
