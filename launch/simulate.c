@@ -15,17 +15,10 @@ static double size_of(muonshard_dtype dtype) {
     return (double)dtype_size(dtype);
 }
 
-static size_t filled_slots(const plan *p, const wave *w) {
-    size_t filled = 0;
-    for (int rank = 0; rank < p->world_size; rank++)
-        filled += plan_slot_view(p, w, rank) != PLAN_EMPTY_SLOT;
-    return filled;
-}
-
 /* Elements of all ranks that a wave has. */
 static double filled_elements(const sim_group *g, const wave *w) {
     return w->kind == PLAN_FLAT ? (double)g->plan->flat_elements
-                                : (double)filled_slots(g->plan, w) * (double)w->slot;
+                                : (double)plan_filled_slots(g->plan, w) * (double)w->slot;
 }
 
 /* Of a bucket: gradients copied to be sent, or what a rank's sums of squares read. */
@@ -114,7 +107,7 @@ static void add_wave(const machine *m, const sim_group *g, const wave *w, double
     double filled = ranks;
     /* NCCL leaves empty slots out where there are many (src/comm/nccl.c). */
     if (m->ring && plan_is_sparse(g->plan, w))
-        filled = (double)filled_slots(g->plan, w);
+        filled = (double)plan_filled_slots(g->plan, w);
     t->filled += filled * slot; /* for now bytes */
     t->slot += slot;
     if (reduces && (!m->ring || w->wire != MUONSHARD_FP32 || g->settings->deterministic)) {

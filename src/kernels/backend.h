@@ -301,7 +301,8 @@ typedef struct stream_ops {
     muonshard_status (*stamp)(backend *self, size_t index, backend_stream stream);
     /* Of the latest stamp of this index. Errors of the device come out here. */
     muonshard_status (*stamp_passed)(backend *self, size_t index, bool *passed);
-    /* What the caller's stream is given next waits for the latest stamp of this index. */
+    /* What a stream, the caller's or one of `native`, is given next waits for the latest stamp of
+     * this index. */
     muonshard_status (*wait_stamp)(backend *self, size_t index, void *native);
     /* From one stamp that is passed to another. */
     muonshard_status (*stamp_seconds)(backend *self, size_t from, size_t to, double *seconds);

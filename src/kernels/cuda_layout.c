@@ -8,10 +8,6 @@ static size_t take(size_t *end, size_t bytes) {
     return start;
 }
 
-static size_t size_of(ns_dtype dtype) {
-    return dtype == NS_BF16 || dtype == NS_FP16 ? 2 : 4;
-}
-
 int cuda_needs_gram(const ns_instruction *op) {
     return op->kind == NS_NORMALIZE &&
            (op->a != NS_NONE || op->norm == NS_NORM_AOL || op->norm == NS_NORM_SCHATTEN4 ||
@@ -23,19 +19,19 @@ cuda_layout cuda_layout_of(const ns_program *p, int64_t m, int64_t n, size_t cou
     const size_t square = count * (size_t)m * (size_t)m, wide = count * (size_t)m * (size_t)n;
     /* Where squares are kept in another dtype than X, they are rounded to X's before they meet it.
      */
-    const size_t narrowed = size_of(p->dtype) != size_of(p->square_dtype) ? square : 0;
+    const size_t narrowed = ns_dtype_size(p->dtype) != ns_dtype_size(p->square_dtype) ? square : 0;
     int gram = 0, spectral = 0;
     for (int i = 0; i < p->count; i++) {
         gram = gram || cuda_needs_gram(&p->code[i]);
         spectral =
             spectral || (cuda_needs_gram(&p->code[i]) && p->code[i].norm == NS_NORM_SPECTRAL);
     }
-    s.at[NS_X] = take(&s.bytes, wide * size_of(p->dtype));
-    s.at[NS_Y] = take(&s.bytes, wide * size_of(p->dtype));
+    s.at[NS_X] = take(&s.bytes, wide * ns_dtype_size(p->dtype));
+    s.at[NS_Y] = take(&s.bytes, wide * ns_dtype_size(p->dtype));
     for (int i = 0; i < p->squares; i++)
-        s.at[NS_A + i] = take(&s.bytes, square * size_of(p->square_dtype));
+        s.at[NS_A + i] = take(&s.bytes, square * ns_dtype_size(p->square_dtype));
     for (int i = 0; i < 2; i++)
-        s.operands[i] = take(&s.bytes, narrowed * size_of(p->dtype));
+        s.operands[i] = take(&s.bytes, narrowed * ns_dtype_size(p->dtype));
     s.factors = take(&s.bytes, count * (size_t)m * sizeof(double));
     s.squares = take(&s.bytes, count * sizeof(double));
     s.x64 = take(&s.bytes, gram ? wide * sizeof(double) : 0);

@@ -25,10 +25,6 @@ typedef struct buffers {
 
 /* ---- memory ---- */
 
-static size_t size_of(ns_dtype dtype) {
-    return dtype == NS_BF16 || dtype == NS_FP16 ? 2 : 4;
-}
-
 /* Squares are multiplied with squares. */
 static bool is_gram(const ns_program *program) {
     bool commuting = false;
@@ -154,7 +150,7 @@ static gemm_type gemm_type_of(ns_dtype dtype) {
 static muonshard_status operand(const buffers *s, ns_buffer b, ns_dtype dtype, int slot,
                                 const void **out) {
     *out = s->at[b];
-    if (size_of(ns_stored(s->program, b)) == size_of(dtype))
+    if (ns_dtype_size(ns_stored(s->program, b)) == ns_dtype_size(dtype))
         return MUONSHARD_OK;
     *out = s->operands[slot];
     TRY_CUDA(s->self, cuda_round(s->at[b], s->count * (size_t)s->m * (size_t)s->m, dtype,

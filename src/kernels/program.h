@@ -4,6 +4,7 @@
 #ifndef PROGRAM_H
 #define PROGRAM_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 /* X and Y are [m, n] with m <= n; the others are [m, m], symmetric. In the Gram form A, B, C and D
@@ -64,6 +65,10 @@ double ns_program_flops(const ns_program *program, int64_t m, int64_t n);
  * without 16-bit units differ in it, ranks must not. */
 double ns_program_cost(const ns_program *program, int64_t m, int64_t n);
 
+/* Bytes of a number as it is stored. */
+static inline size_t ns_dtype_size(ns_dtype dtype) {
+    return dtype == NS_BF16 || dtype == NS_FP16 ? 2 : 4;
+}
 static inline int ns_is_wide(ns_buffer b) {
     return b == NS_X || b == NS_Y;
 }

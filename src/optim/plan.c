@@ -301,7 +301,7 @@ static size_t factor_bytes(const builder *b, const wave *w) {
     return sent ? (size_t)long_side(w->rows, w->cols) * sizeof(float) : 0;
 }
 
-static size_t filled_slots(const plan *p, const wave *w) {
+size_t plan_filled_slots(const plan *p, const wave *w) {
     size_t filled = 0;
     for (int rank = 0; rank < p->world_size; rank++)
         filled += plan_slot_view(p, w, rank) != PLAN_EMPTY_SLOT;
@@ -310,12 +310,12 @@ static size_t filled_slots(const plan *p, const wave *w) {
 
 bool plan_is_sparse(const plan *p, const wave *w) {
     const size_t ranks = (size_t)p->world_size;
-    return w->kind == PLAN_MATRICES && 4 * (ranks - filled_slots(p, w)) > ranks;
+    return w->kind == PLAN_MATRICES && 4 * (ranks - plan_filled_slots(p, w)) > ranks;
 }
 
 /* Slots that have a place. */
 static size_t places(const plan *p, const wave *w, bool compact) {
-    return compact ? filled_slots(p, w) : (size_t)p->world_size;
+    return compact ? plan_filled_slots(p, w) : (size_t)p->world_size;
 }
 
 /* Where batch `k` is gathered, from `start`; returns the end. */
@@ -400,12 +400,13 @@ static void count_bytes(builder *b) {
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[i];
         const bool params = w->kind == PLAN_FLAT || registry_gathers_params(b->s, w->dtype);
-        const size_t used = w->kind == PLAN_FLAT ? p->flat_elements : filled_slots(p, w) * w->slot;
+        const size_t used =
+            w->kind == PLAN_FLAT ? p->flat_elements : plan_filled_slots(p, w) * w->slot;
         const size_t sent = w->slot * dtype_size(w->sent) + (params ? 0 : factor_bytes(b, w));
         /* Of a wave whose empty slots are left out every rank sends and receives the others. */
-        const size_t reduced = w->compact_pack ? filled_slots(p, w) : n - 1;
+        const size_t reduced = w->compact_pack ? plan_filled_slots(p, w) : n - 1;
         p->bytes_reduced += reduce ? reduced * w->slot * dtype_size(w->wire) : 0;
-        p->bytes_gathered += (w->compact_gather ? filled_slots(p, w) : n - 1) * sent;
+        p->bytes_gathered += (w->compact_gather ? plan_filled_slots(p, w) : n - 1) * sent;
         p->bytes_packed += reduce && w->packed ? used * dtype_size(w->wire) : 0;
         p->bytes_padded += w->compact_pack ? 0 : (n * w->slot - used) * dtype_size(w->wire);
     }

@@ -97,6 +97,8 @@ void plan_compact(plan *p, const registry *r, const settings *s, bool sums_fp32)
 uint64_t plan_hash(const plan *p);
 void plan_free(plan *p);
 
+/* Slots that have a view in them; of a wave of matrices. */
+size_t plan_filled_slots(const plan *p, const wave *w);
 /* More than a quarter of the slots are empty. */
 bool plan_is_sparse(const plan *p, const wave *w);
 /* The view in rank's slot, or PLAN_EMPTY_SLOT. */

@@ -45,8 +45,9 @@ typedef struct op {
     int index; /* bucket up to measure, batch from momentum on; OP_NONE for agree and resolve */
     backend_stream stream;
     int waits_on; /* index of an operation, or OP_NONE */
-    int segment;  /* compute operations of one number follow each other and wait only before the
-                     first:  a GPU gets them as one graph; OP_NONE: what differs from step to step */
+    int segment;  /* compute operations of one number follow each other, wait only before the first,
+                     and end with an apply: a GPU gets them as one graph; OP_NONE: what differs from
+                     step to step */
 } op;
 
 typedef struct schedule {
