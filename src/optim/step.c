@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "fault.h"
 #include "optim/optimizer.h"
 
 muonshard_status step_kill(muonshard_optimizer *o, muonshard_status status, const error_text *why) {
@@ -442,6 +443,7 @@ static muonshard_status run_op(muonshard_optimizer *o, size_t index) {
     if (o->schedule.ops[index].waits_on != OP_NONE)
         TRY(await(o, index));
     comm_mark(o->data, o->step, "%s", label);
+    fault_point(label);
     return run_kind_of(o, index, label, !op_is_collective(o->schedule.ops[index].kind));
 }
 
@@ -475,6 +477,7 @@ static muonshard_status run_segment(muonshard_optimizer *o, size_t first, size_t
     const stream_ops *streams = o->backend->streams;
     if (o->schedule.ops[first].waits_on != OP_NONE)
         TRY(await(o, first));
+    fault_point("segment");
     if (o->step > 2) {
         char label[sizeof o->comm->position.phase];
         op_label(&o->schedule.ops[first], label, sizeof label);
