@@ -144,7 +144,10 @@ static bool same_file(const struct stat *one, const char *path) {
 /* `path` can be written and is none of the inputs. */
 static muonshard_status check_out(const replay *r, const char *path, char *message) {
     struct stat out;
-    muonshard_status status = safetensors_can_write(path, message);
+    error_text error;
+    muonshard_status status = safetensors_can_write(path, &error);
+    if (status != MUONSHARD_OK)
+        return message_fail(message, status, "%s", error.text);
     if (status != MUONSHARD_OK || stat(path, &out) != 0)
         return status;
     if (same_file(&out, r->params.path))
@@ -237,11 +240,17 @@ static muonshard_status check_grads(replay *r, const safetensors_file *grads, ch
     return status;
 }
 
+static muonshard_status open_file(const char *path, safetensors_file *file, char *message) {
+    error_text error;
+    const muonshard_status status = safetensors_open(path, file, &error);
+    return status ? message_fail(message, status, "%s", error.text) : MUONSHARD_OK;
+}
+
 static muonshard_status open_grads(replay *r, size_t step, safetensors_file *grads, char *message) {
     char *path = rank_name(r->names[step], r->cmd.rank);
     if (!path)
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
-    muonshard_status status = safetensors_open(path, grads, message);
+    muonshard_status status = open_file(path, grads, message);
     if (status == MUONSHARD_OK) {
         status = check_grads(r, grads, message);
         if (status != MUONSHARD_OK)
@@ -299,8 +308,8 @@ static muonshard_status replay_load(replay *r, char *message) {
     if (status == MUONSHARD_OK)
         status = step_values_open(&r->values, &r->rules, r->cmd.config, message);
     if (status == MUONSHARD_OK)
-        status = safetensors_open(command_option_value(&replay_usage, &r->args, "--params"),
-                                  &r->params, message);
+        status = open_file(command_option_value(&replay_usage, &r->args, "--params"), &r->params,
+                           message);
     if (status != MUONSHARD_OK)
         return status;
 
@@ -351,15 +360,15 @@ static muonshard_status replay_register(replay *r) {
 /* Rank 0 writes, all learn how it went. step 0: OUT itself. */
 static muonshard_status replay_write(replay *r, size_t step) {
     muonshard_status status = MUONSHARD_OK;
-    char message[COMMAND_MESSAGE] = "";
+    error_text error = {"out of memory"};
     if (r->cmd.rank == 0) {
         char *path = step_name(r->out, step);
         status = path ? safetensors_write(path, r->results, r->params.tensor_count,
-                                          r->params.metadata, r->params.metadata_count, message)
-                      : message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
+                                          r->params.metadata, r->params.metadata_count, &error)
+                      : MUONSHARD_ERR_MEMORY;
         free(path);
     }
-    return command_agree(&r->cmd, status, message);
+    return command_agree(&r->cmd, status, error.text);
 }
 
 static void tell_step(const replay *r, size_t step, const muonshard_step_result_info *result,

@@ -27,6 +27,10 @@ muonshard_status fail(error_text *error, muonshard_status status, const char *fo
         va_start(args, format);
         vsnprintf(text, sizeof text, format, args);
         va_end(args);
+        /* Names come out of files: a control character in one would break a line or a terminal. */
+        for (char *c = text; *c; c++)
+            if ((unsigned char)*c < 0x20 || *c == 0x7f)
+                *c = '?';
         memcpy(error->text, text, sizeof text);
     }
     return status;

@@ -20,7 +20,9 @@ src/kernels/cuda*          | include/muonshard.h BASE src/kernels/* SYSTEM <cu*>
 src/kernels/host*          | include/muonshard.h BASE src/kernels/* SYSTEM <cblas.h>
 src/kernels/*              | include/muonshard.h BASE src/kernels/* SYSTEM
 src/settings.h             | include/muonshard.h BASE SYSTEM src/kernels/backend.h
+src/safetensors.c          | include/muonshard.h BASE SYSTEM <jansson.h>
 src/*                      | include/muonshard.h BASE SYSTEM
+launch/replay.c            | include/* launch/* SYSTEM src/safetensors.h
 launch/plan*               | include/* launch/* src/* SYSTEM <jansson.h>
 launch/simulate.*          | include/* launch/* src/* SYSTEM
 launch/machine.c           | include/* launch/* src/* SYSTEM
@@ -147,7 +149,7 @@ launch/info.c                    #include "kernels/backend.h"
 launch/routing.c                 #include "status.h"
 launch/check.c                   #include "config.h"
 launch/check_tensors.c           #include "comm/comm.h"
-launch/safetensors.c             #include "../src/status.h"
+src/config.c                     #include <jansson.h>
 launch/command.c                 #include "comm/comm.h"
 launch/main.c                    #include "settings.h"
 launch/gpt/gpt.c                 #include "status.h"

@@ -21,7 +21,7 @@
 
 #define TENSORS_MAX 32
 
-static char message[COMMAND_MESSAGE];
+static error_text error;
 
 static int failed(const char *text) {
     fprintf(stderr, "make_safetensors: %s\n", text);
@@ -118,13 +118,13 @@ static int make(int count, char **arguments) {
                                 &tensors[tensor_count])))
             tensor_count++;
     if (!good)
-        snprintf(message, sizeof message, "not NAME=ROWSxCOLS:DTYPE, or out of memory");
+        snprintf(error.text, sizeof error.text, "not NAME=ROWSxCOLS:DTYPE, or out of memory");
     else
-        good = safetensors_write(arguments[0], tensors, tensor_count, NULL, 0, message) ==
-               MUONSHARD_OK;
+        good =
+            safetensors_write(arguments[0], tensors, tensor_count, NULL, 0, &error) == MUONSHARD_OK;
     for (size_t i = 0; i < tensor_count; i++)
         free((void *)tensors[i].data);
-    return good ? 0 : failed(message);
+    return good ? 0 : failed(error.text);
 }
 
 static int raw(int count, char **arguments) {
@@ -143,11 +143,11 @@ static int raw(int count, char **arguments) {
 
 static int differ(int count, char **arguments) {
     safetensors_file one, other;
-    if (safetensors_open(arguments[0], &one, message) != MUONSHARD_OK)
-        return failed(message);
-    if (safetensors_open(arguments[1], &other, message) != MUONSHARD_OK) {
+    if (safetensors_open(arguments[0], &one, &error) != MUONSHARD_OK)
+        return failed(error.text);
+    if (safetensors_open(arguments[1], &other, &error) != MUONSHARD_OK) {
         safetensors_close(&one);
-        return failed(message);
+        return failed(error.text);
     }
     bool same = one.tensor_count == other.tensor_count;
     double largest = 0;
@@ -177,8 +177,8 @@ static int mean(const char *file, const char *first, const char *second, const c
     safetensors_file one = {0}, other = {0};
     safetensors_tensor tensors[TENSORS_MAX] = {0};
     size_t count = 0;
-    bool good = safetensors_open(first, &one, message) == MUONSHARD_OK &&
-                safetensors_open(second, &other, message) == MUONSHARD_OK &&
+    bool good = safetensors_open(first, &one, &error) == MUONSHARD_OK &&
+                safetensors_open(second, &other, &error) == MUONSHARD_OK &&
                 one.tensor_count == other.tensor_count && one.tensor_count <= TENSORS_MAX;
     for (size_t i = 0; good && i < one.tensor_count; i++) {
         const safetensors_tensor *a = &one.tensors[i], *b = &other.tensors[i];
@@ -188,12 +188,12 @@ static int mean(const char *file, const char *first, const char *second, const c
         for (size_t k = 0; k < a->elements && good; k++)
             encode(&tensors[i], k, (decode(a, k) + decode(b, k)) / 2);
     }
-    good = good && safetensors_write(file, tensors, count, NULL, 0, message) == MUONSHARD_OK;
+    good = good && safetensors_write(file, tensors, count, NULL, 0, &error) == MUONSHARD_OK;
     for (size_t i = 0; i < count; i++)
         free((void *)tensors[i].data);
     safetensors_close(&one);
     safetensors_close(&other);
-    return good ? 0 : failed(message);
+    return good ? 0 : failed(error.text);
 }
 
 int main(int argc, char **argv) {

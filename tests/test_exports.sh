@@ -51,7 +51,7 @@ none "libmuonshard sets no BLAS threads" "$core" 'openblas_set_.*|goto_set_.*|om
 none "libmuonshard has no MPI and no CUDA in it" "$core" 'P?MPI_.*|cu[A-Z].*|cuda.*|nccl.*'
 none "libmuonshard_mpi ends no process but through MPI_Abort" "$mpi" "$ends"
 none "libmuonshard_mpi neither starts nor ends MPI" "$mpi" 'P?MPI_(Init|Init_thread|Finalize|Session_.*)'
-same "libmuonshard stands on" "libc.so.6 libm.so.6 libopenblas.so.0 libxxhash.so.0 libyaml-0.so.2" \
+same "libmuonshard stands on" "libc.so.6 libjansson.so.4 libm.so.6 libopenblas.so.0 libxxhash.so.0 libyaml-0.so.2" \
     "$(objdump -p "$core" | awk '$1 == "NEEDED" { print $2 }' | sort | paste -sd' ')"
 
 if [ -n "$cuda" ]; then

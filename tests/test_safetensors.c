@@ -1,5 +1,7 @@
 /* The reader against files written byte by byte here, sound and broken; the writer against their
  * bytes. */
+#include "safetensors.h"
+
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -15,11 +17,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "safetensors.h"
-
 static char directory[] = "/tmp/test_safetensors_XXXXXX";
 static char path[128];
-static char message[COMMAND_MESSAGE];
+static error_text error;
 
 static int make_directory(void **state) {
     (void)state;
@@ -86,7 +86,7 @@ static void reads_tensors_in_file_order(void **state) {
              "\"none\":{\"dtype\":\"F16\",\"shape\":[0,7],\"data_offsets\":[16,16]}} ",
              six, sizeof six);
     safetensors_file file;
-    assert_int_equal(safetensors_open(path, &file, message), MUONSHARD_OK);
+    assert_int_equal(safetensors_open(path, &file, &error), MUONSHARD_OK);
     assert_int_equal(file.tensor_count, 3);
     assert_string_equal(file.tensors[0].name, "a");
     assert_string_equal(file.tensors[1].name, "none");
@@ -109,14 +109,14 @@ static void reads_tensors_in_file_order(void **state) {
     safetensors_close(&file);
 
     put_file(bytes, "{\"s\":{\"dtype\":\"F64\",\"shape\":[],\"data_offsets\":[0,8]}}", six, 8);
-    assert_int_equal(safetensors_open(path, &file, message), MUONSHARD_OK);
+    assert_int_equal(safetensors_open(path, &file, &error), MUONSHARD_OK);
     assert_int_equal(file.tensors[0].elements, 1);
     assert_int_equal((uintptr_t)file.tensors[0].data % 8, 0);
     assert_memory_equal(file.tensors[0].data, six, 8);
     safetensors_close(&file);
 
     put_file(bytes, "{}", NULL, 0);
-    assert_int_equal(safetensors_open(path, &file, message), MUONSHARD_OK);
+    assert_int_equal(safetensors_open(path, &file, &error), MUONSHARD_OK);
     assert_int_equal(file.tensor_count, 0);
     safetensors_close(&file);
 }
@@ -124,14 +124,14 @@ static void reads_tensors_in_file_order(void **state) {
 /* The file is refused with this status and a line that names the file and has `text` in it. */
 static void expect_refused(muonshard_status expected, const char *text) {
     safetensors_file file;
-    message[0] = '\0';
-    muonshard_status status = safetensors_open(path, &file, message);
+    error.text[0] = '\0';
+    muonshard_status status = safetensors_open(path, &file, &error);
     if (status == MUONSHARD_OK)
         safetensors_close(&file);
-    if (status != expected || !strstr(message, path) || !strstr(message, text) ||
-        strchr(message, '\n'))
+    if (status != expected || !strstr(error.text, path) || !strstr(error.text, text) ||
+        strchr(error.text, '\n'))
         fail_msg("expected status %d and \"%s\"; status %d, \"%s\"", (int)expected, text,
-                 (int)status, message);
+                 (int)status, error.text);
 }
 
 static void each_violation_is_named(void **state) {
@@ -237,7 +237,7 @@ static uint64_t next_random(uint64_t *random) {
     return *random;
 }
 
-/* Whatever is in the file: no crash, and either a message or tensors that lie wholly inside the
+/* Whatever is in the file: no crash, and either a error.text or tensors that lie wholly inside the
  * file. */
 static void mutated_files(void **state) {
     (void)state;
@@ -274,10 +274,10 @@ static void mutated_files(void **state) {
         }
         put_bytes(path, bytes, size);
         safetensors_file file;
-        message[0] = '\0';
-        if (safetensors_open(path, &file, message) != MUONSHARD_OK) {
-            assert_non_null(strstr(message, path));
-            assert_null(strchr(message, '\n'));
+        error.text[0] = '\0';
+        if (safetensors_open(path, &file, &error) != MUONSHARD_OK) {
+            assert_non_null(strstr(error.text, path));
+            assert_null(strchr(error.text, '\n'));
             refused++;
             continue;
         }
@@ -319,7 +319,7 @@ static void writes_the_format(void **state) {
     (void)state;
     const safetensors_tensor tensors[] = {f32("z", 2, 2, 2, six), f32("b", 1, 2, 1, six + 4)};
     const safetensors_pair metadata[] = {{"format", "pt"}};
-    assert_int_equal(safetensors_write(path, tensors, 2, metadata, 1, message), MUONSHARD_OK);
+    assert_int_equal(safetensors_write(path, tensors, 2, metadata, 1, &error), MUONSHARD_OK);
     assert_int_equal(temporaries(), 0);
 
     static const char header[] =
@@ -339,9 +339,9 @@ static void writes_the_format(void **state) {
     assert_memory_equal(bytes + 8 + length, six, sizeof six);
 
     /* and over an older file */
-    assert_int_equal(safetensors_write(path, tensors + 1, 1, NULL, 0, message), MUONSHARD_OK);
+    assert_int_equal(safetensors_write(path, tensors + 1, 1, NULL, 0, &error), MUONSHARD_OK);
     safetensors_file file;
-    assert_int_equal(safetensors_open(path, &file, message), MUONSHARD_OK);
+    assert_int_equal(safetensors_open(path, &file, &error), MUONSHARD_OK);
     assert_int_equal(file.tensor_count, 1);
     assert_int_equal(file.metadata_count, 0);
     assert_memory_equal(file.tensors[0].data, six + 4, 8);
@@ -353,7 +353,7 @@ static void failed_write_leaves_the_old_file(void **state) {
     (void)state;
     static float large[4096];
     const safetensors_tensor small = f32("a", 1, 6, 1, six), big = f32("a", 1, 4096, 1, large);
-    assert_int_equal(safetensors_write(path, &small, 1, NULL, 0, message), MUONSHARD_OK);
+    assert_int_equal(safetensors_write(path, &small, 1, NULL, 0, &error), MUONSHARD_OK);
     char before[512], after[512];
     size_t size = get_bytes(path, before, sizeof before);
 
@@ -363,21 +363,21 @@ static void failed_write_leaves_the_old_file(void **state) {
     limit.rlim_cur = 1000; /* the write fails midway */
     signal(SIGXFSZ, SIG_IGN);
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
-    muonshard_status status = safetensors_write(path, &big, 1, NULL, 0, message);
+    muonshard_status status = safetensors_write(path, &big, 1, NULL, 0, &error);
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &old), 0);
     assert_int_equal(status, MUONSHARD_ERR_IO);
-    assert_non_null(strstr(message, path));
-    assert_non_null(strstr(message, "File too large"));
+    assert_non_null(strstr(error.text, path));
+    assert_non_null(strstr(error.text, "File too large"));
     assert_int_equal(temporaries(), 0);
     assert_int_equal(get_bytes(path, after, sizeof after), size);
     assert_memory_equal(after, before, size);
 
     const safetensors_tensor twice[] = {small, small};
-    assert_int_equal(safetensors_write(path, twice, 2, NULL, 0, message), MUONSHARD_ERR_ARGUMENT);
-    assert_non_null(strstr(message, "\"a\" is taken"));
+    assert_int_equal(safetensors_write(path, twice, 2, NULL, 0, &error), MUONSHARD_ERR_ARGUMENT);
+    assert_non_null(strstr(error.text, "\"a\" is taken"));
     const safetensors_tensor latin = f32("\xe9", 1, 6, 1, six);
-    assert_int_equal(safetensors_write(path, &latin, 1, NULL, 0, message), MUONSHARD_ERR_ARGUMENT);
-    assert_non_null(strstr(message, "UTF-8"));
+    assert_int_equal(safetensors_write(path, &latin, 1, NULL, 0, &error), MUONSHARD_ERR_ARGUMENT);
+    assert_non_null(strstr(error.text, "UTF-8"));
     assert_int_equal(get_bytes(path, after, sizeof after), size);
     assert_memory_equal(after, before, size);
     unlink(path);
@@ -388,20 +388,20 @@ static void unwritable_places(void **state) {
     const safetensors_tensor tensor = f32("a", 1, 6, 1, six);
     char name[256];
     snprintf(name, sizeof name, "%s/missing/a.safetensors", directory);
-    assert_int_equal(safetensors_can_write(name, message), MUONSHARD_ERR_IO);
-    assert_non_null(strstr(message, name));
-    assert_int_equal(safetensors_write(name, &tensor, 1, NULL, 0, message), MUONSHARD_ERR_IO);
-    assert_int_equal(safetensors_can_write(directory, message), MUONSHARD_ERR_IO);
-    assert_non_null(strstr(message, "a directory stands there"));
-    assert_int_equal(safetensors_can_write("/dev/null", message), MUONSHARD_ERR_IO);
+    assert_int_equal(safetensors_can_write(name, &error), MUONSHARD_ERR_IO);
+    assert_non_null(strstr(error.text, name));
+    assert_int_equal(safetensors_write(name, &tensor, 1, NULL, 0, &error), MUONSHARD_ERR_IO);
+    assert_int_equal(safetensors_can_write(directory, &error), MUONSHARD_ERR_IO);
+    assert_non_null(strstr(error.text, "a directory stands there"));
+    assert_int_equal(safetensors_can_write("/dev/null", &error), MUONSHARD_ERR_IO);
     snprintf(name, sizeof name, "%s/", directory);
-    assert_int_equal(safetensors_can_write(name, message), MUONSHARD_ERR_IO);
-    assert_int_equal(safetensors_can_write("", message), MUONSHARD_ERR_IO);
+    assert_int_equal(safetensors_can_write(name, &error), MUONSHARD_ERR_IO);
+    assert_int_equal(safetensors_can_write("", &error), MUONSHARD_ERR_IO);
     put_bytes(path, "x", 1);
     snprintf(name, sizeof name, "%s/under", path);
-    assert_int_equal(safetensors_can_write(name, message), MUONSHARD_ERR_IO);
-    assert_non_null(strstr(message, "Not a directory"));
-    assert_int_equal(safetensors_can_write(path, message), MUONSHARD_OK);
+    assert_int_equal(safetensors_can_write(name, &error), MUONSHARD_ERR_IO);
+    assert_non_null(strstr(error.text, "Not a directory"));
+    assert_int_equal(safetensors_can_write(path, &error), MUONSHARD_OK);
     unlink(path);
 }
 

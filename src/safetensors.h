@@ -2,12 +2,13 @@
  * data. The reader trusts nothing in the file: what it hands out has been checked against the
  * file's real size.
  *
- * Functions that can fail write a line to `message` [COMMAND_MESSAGE] that names the file, and the
- * tensor if it is one's fault. */
+ * Functions that can fail write a line to `error` that names the file, and the tensor if it is
+ * one's fault. */
 #ifndef SAFETENSORS_H
 #define SAFETENSORS_H
 
-#include "command.h"
+#include <stdbool.h>
+#include "status.h"
 
 typedef struct safetensors_dtype {
     const char *name; /* "F32" */
@@ -23,7 +24,8 @@ typedef struct safetensors_tensor {
     int dims;
     int64_t shape[MUONSHARD_MAX_DIMS];
     size_t elements;
-    const void *data; /* [shape], row-major, aligned for its elements */
+    size_t offset;    /* from the beginning of the file */
+    const void *data; /* [shape], row-major, aligned for its elements; NULL where it isn't mapped */
     size_t bytes;
 } safetensors_tensor;
 
@@ -49,7 +51,11 @@ typedef struct safetensors_file {
  * be truncated by others while it is open. ERR_IO: missing, unreadable, not a regular file;
  * ERR_FORMAT: anything wrong inside; ERR_UNSUPPORTED: more than MUONSHARD_MAX_DIMS dimensions;
  * ERR_MEMORY. On failure nothing is held. */
-muonshard_status safetensors_open(const char *path, safetensors_file *file, char *message);
+muonshard_status safetensors_open(const char *path, safetensors_file *file, error_text *error);
+/* The same of an image of `size` bytes called `name`, of which the first `available` are at
+ * `bytes`: all of the header at least. Tensors have no data, but an offset. */
+muonshard_status safetensors_parse(const char *name, const void *bytes, size_t available,
+                                   size_t size, safetensors_file *file, error_text *error);
 /* NULL when there is none of that name. */
 const safetensors_tensor *safetensors_find(const safetensors_file *file, const char *name);
 void safetensors_close(safetensors_file *file);
@@ -58,14 +64,20 @@ void safetensors_close(safetensors_file *file);
 #define SAFETENSORS_SHAPE_TEXT (MUONSHARD_MAX_DIMS * 22 + 3)
 const char *safetensors_shape_text(const safetensors_tensor *tensor, char *text);
 
+/* How a file of these tensors begins, up to their data, which starts at a multiple of 8: own text
+ * [length]. ERR_ARGUMENT (names not unique, or not UTF-8, or out of memory). */
+muonshard_status safetensors_header(const char *path, const safetensors_tensor *tensors,
+                                    size_t tensor_count, const safetensors_pair *metadata,
+                                    size_t metadata_count, char **text, size_t *length,
+                                    error_text *error);
 /* Whether a write to `path` can work: its directory is there and writable, and what stands there is
  * a regular file or nothing. Writes nothing. ERR_IO. */
-muonshard_status safetensors_can_write(const char *path, char *message);
+muonshard_status safetensors_can_write(const char *path, error_text *error);
 /* Writes `tensors` (all but `elements` is used) in the given order: to a temporary
  * name in the same directory, synced, renamed. On failure the temporary is gone and an older file
  * of the name is as it was. ERR_IO, ERR_ARGUMENT (names not unique, or not UTF-8), ERR_MEMORY. */
 muonshard_status safetensors_write(const char *path, const safetensors_tensor *tensors,
                                    size_t tensor_count, const safetensors_pair *metadata,
-                                   size_t metadata_count, char *message);
+                                   size_t metadata_count, error_text *error);
 
 #endif
