@@ -23,3 +23,6 @@ endif()
 muonshard_fuzz(config)
 muonshard_fuzz(safetensors)
 muonshard_fuzz(schedule)
+muonshard_fuzz(calls)
+muonshard_fuzz(model SOURCES ${PROJECT_SOURCE_DIR}/launch/model_file.c ${PROJECT_SOURCE_DIR}/launch/machine.c
+  ${PROJECT_SOURCE_DIR}/launch/routing.c)
