@@ -447,6 +447,89 @@ MUONSHARD_API muonshard_status muonshard_tensor_wait(muonshard_optimizer *optimi
  */
 MUONSHARD_API muonshard_status muonshard_progress(muonshard_optimizer *optimizer);
 
+/* ---- optimizer: checkpoints ---- */
+
+/* A checkpoint is a directory step-N with a safetensors file a rank, which holds what the rank owns
+ * (parameters, masters, momentum, variance, AdamW state), and a manifest, written last: without it
+ * there is no checkpoint. Files are synced and renamed into place; checksums say what is damaged.
+ * docs/checkpoints.md has the format. */
+
+typedef struct muonshard_save_args {
+    size_t size;
+    const char *user; /* UTF-8 text of the program's own, rank 0's counts, which muonshard_load
+                         gives back: where it is in its data, say. NULL: none */
+    int keep;  /* complete checkpoints that stay in the directory, this one included; 0: all */
+    int defer; /* non-zero: return once the state is copied; a thread writes it, and the checkpoint
+                  is complete after muonshard_save_wait */
+} muonshard_save_args;
+#define MUONSHARD_SAVE_ARGS_INIT                                                                   \
+    { sizeof(muonshard_save_args), NULL, 0, 0 }
+
+/* Saves the state after the latest step, which is finished first, to a new directory
+ * `directory`/step-N; `directory`, which all ranks see, is made where it is not there. A save
+ * before that was deferred is waited for, and its failure returned. `args` may be NULL. Collective;
+ * one rank's error is everybody's, and earlier checkpoints stay as they are. ERR_IO names the file;
+ * ERR_TIMEOUT: not written within `save_timeout`; ERR_STATE: gradients are marked for a step that
+ * has not been taken; ERR_MEMORY. */
+MUONSHARD_API muonshard_status muonshard_save(muonshard_optimizer *optimizer, const char *directory,
+                                              const muonshard_save_args *args);
+/* *done: this rank's part of a deferred save is written, or there is none. Local, never waits. */
+MUONSHARD_API muonshard_status muonshard_save_test(const muonshard_optimizer *optimizer, int *done);
+/* Completes a deferred save; OK where there is none. Collective; errors as muonshard_save. */
+MUONSHARD_API muonshard_status muonshard_save_wait(muonshard_optimizer *optimizer);
+
+typedef struct muonshard_load_args {
+    size_t size;
+    int optional;    /* non-zero: no complete checkpoint is no error: found is 0 */
+    int init_master; /* non-zero: fp32 masters that were not saved are made from the parameters */
+    int keep_params; /* non-zero: parameters are in place, and are not read */
+} muonshard_load_args;
+#define MUONSHARD_LOAD_ARGS_INIT                                                                   \
+    { sizeof(muonshard_load_args), 0, 0, 0 }
+
+typedef struct muonshard_load_result {
+    size_t size;
+    int found;
+    int world_size;      /* ranks that wrote it */
+    int64_t step, count; /* calls of muonshard_step until then, and those that were not skipped */
+    const char *path;    /* of the checkpoint; this and user: until the next load, or destroy */
+    const char *user;
+} muonshard_load_result;
+#define MUONSHARD_LOAD_RESULT_INIT                                                                 \
+    { sizeof(muonshard_load_result), 0, 0, 0, 0, NULL, NULL }
+
+/* Continues from a checkpoint: parameters and all state, on any number of ranks, with any
+ * ownership, bucket and batch sizes and backend; with the same ranks and plan, to the bit.
+ * `directory` is a checkpoint, or holds some: then the newest that is complete and undamaged is
+ * taken, and a warning names those passed over. After commit; the next step is number result->step
+ * + 1. `args` and `result` may be NULL. Collective; one rank's error is everybody's. Nothing
+ * changes on ERR_ARGUMENT (other tensors, a dtype of state or a master that is not there: the
+ * message names it), ERR_FORMAT (damaged), ERR_UNSUPPORTED (another version of the format),
+ * ERR_STATE and ERR_MEMORY; nor on ERR_IO, unless a file that has just been checked cannot be read
+ * once more: then the handle is dead.
+ */
+MUONSHARD_API muonshard_status muonshard_load(muonshard_optimizer *optimizer, const char *directory,
+                                              const muonshard_load_args *args,
+                                              muonshard_load_result *result);
+
+/* For programs with checkpoints of their own: the bytes of this rank's image, which are those of
+ * the file it would write, and the same number after every step. Local. ERR_STATE: before commit.
+ */
+MUONSHARD_API muonshard_status muonshard_state_size(const muonshard_optimizer *optimizer,
+                                                    size_t *bytes);
+/* memory [bytes], host: this rank's image. On a GPU it waits for the device. Local. ERR_STATE: a
+ * step is begun or deferred and not finished; ERR_ARGUMENT: fewer bytes than muonshard_state_size.
+ */
+MUONSHARD_API muonshard_status muonshard_save_memory(muonshard_optimizer *optimizer, void *memory,
+                                                     size_t bytes);
+/* images [count] of images[i], bytes[i] long, host: between them all that this rank needs, which
+ * all images always are; with the ranks and plan that saved them and keep_params, its own.
+ * Collective; `optional` is not used; errors as muonshard_load. */
+MUONSHARD_API muonshard_status muonshard_load_memory(muonshard_optimizer *optimizer,
+                                                     const void *const *images, const size_t *bytes,
+                                                     size_t count, const muonshard_load_args *args,
+                                                     muonshard_load_result *result);
+
 /* ---- optimizer: looking in ---- */
 
 typedef struct muonshard_stats_info {
@@ -469,11 +552,12 @@ typedef struct muonshard_stats_info {
     int64_t bytes_workspace; /* everything else the optimizer allocated on this rank */
     double grad_norm;        /* latest */
     int64_t bytes_pinned;    /* memory of the host that a device copies to and from */
+    int64_t bytes_staging;   /* memory of the host for what checkpoints are written from */
 } muonshard_stats_info;
 #define MUONSHARD_STATS_INIT                                                                       \
     {                                                                                              \
         sizeof(muonshard_stats_info), 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0,   \
-            0, 0.0, 0, 0, 0, 0, 0, 0, 0.0, 0                                                       \
+            0, 0.0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0                                                    \
     }
 
 /* Local. ERR_ARGUMENT, ERR_STATE: before commit. */

@@ -16,13 +16,21 @@
 
 enum { MAX_SKIPPED = 20 }; /* in a row, before the run is given up */
 
+static const command_option train_options[] = {
+    {"--resume", COMMAND_VALUE, false, "auto|DIRECTORY",
+     "Goes on from a checkpoint: auto: the newest in train.save, or from the start where there is "
+     "none; or the one that DIRECTORY is, or the newest in it"},
+};
+
 static const command_usage train_usage = {
     .name = "train",
-    .synopsis = "CONFIG [key=value...]",
+    .synopsis = "CONFIG [--resume auto|DIRECTORY] [key=value...]",
     .doc = "Trains a GPT over bytes on text files; under mpirun the ranks share every batch.",
     .positional_min = 1,
     .positional_max = 1,
     .overrides = true,
+    .options = train_options,
+    .option_count = sizeof train_options / sizeof train_options[0],
 };
 
 typedef struct trainer {
@@ -45,6 +53,13 @@ typedef struct trainer {
     int micro_batches;                /* a step */
     size_t window;                    /* context + 1 bytes */
     unsigned char *windows;           /* [sequences, window], own */
+    const char *resume;               /* --resume, or NULL */
+    int64_t first;                    /* steps that were taken by the run this one continues */
+    double time_before;               /* its seconds */
+    bool saving;                      /* a checkpoint is being written */
+    bool signalled;                   /* some rank has had a signal */
+    bool stopped;                     /* and there are steps left */
+    muonshard_status save_failed;     /* of the latest save */
     muonshard_status local;           /* of this rank, on its way to all */
     char message[COMMAND_MESSAGE];
 } trainer;
@@ -206,6 +221,73 @@ static muonshard_status commit_tensors(trainer *t) {
     return command_told(&t->cmd, status, "%s", muonshard_last_error(t->optimizer));
 }
 
+/* ---- saving and continuing ---- */
+
+static train_state state_of(const trainer *t, double time_s) {
+    const train_settings *s = &t->settings;
+    train_state state = {.text = t->text.hash,
+                         .seed = s->seed,
+                         .batch = s->batch,
+                         .context = s->context,
+                         .time_s = time_s,
+                         .best = NAN};
+    train_report_state(t->report, &state);
+    return state;
+}
+
+static muonshard_status resume(trainer *t, muonshard_load_result *from, train_state *state) {
+    const bool automatic = t->resume && strcmp(t->resume, "auto") == 0;
+    const char *directory = automatic ? t->settings.save : t->resume;
+    muonshard_load_args args = MUONSHARD_LOAD_ARGS_INIT;
+    args.optional = automatic;
+    if (!directory || !*directory)
+        return MUONSHARD_OK;
+    muonshard_status status = muonshard_load(t->optimizer, directory, &args, from);
+    if (status != MUONSHARD_OK || !from->found)
+        return command_told(&t->cmd, status, "%s", muonshard_last_error(t->optimizer));
+    status = command_agree(&t->cmd, train_state_take(from->user, state, t->message), t->message);
+    t->first = from->step;
+    t->time_before = state->time_s;
+    widen_params(t);
+    return status;
+}
+
+/* A save that fails leaves a run without its latest checkpoint, which is less than no run. */
+static void note_saved(trainer *t, muonshard_status status) {
+    t->save_failed = status;
+    if (status != MUONSHARD_OK)
+        train_report_say(t->report, "warning: not saved: %s", muonshard_last_error(t->optimizer));
+}
+
+static void finish_save(trainer *t) {
+    if (t->saving)
+        note_saved(t, muonshard_save_wait(t->optimizer));
+    t->saving = false;
+}
+
+/* Collective. */
+static muonshard_status save(trainer *t, double time_s, bool last) {
+    const train_settings *s = &t->settings;
+    finish_save(t);
+    const train_state state = state_of(t, time_s);
+    char *text = train_state_text(&state);
+    muonshard_status status =
+        command_agree(&t->cmd, text ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, "out of memory");
+    if (status != MUONSHARD_OK) {
+        free(text);
+        return status;
+    }
+    muonshard_save_args args = MUONSHARD_SAVE_ARGS_INIT;
+    args.user = text;
+    args.keep = (int)s->keep;
+    args.defer = s->save_async && !last;
+    status = muonshard_save(t->optimizer, s->save, &args);
+    free(text);
+    t->saving = status == MUONSHARD_OK && args.defer;
+    note_saved(t, status);
+    return MUONSHARD_OK;
+}
+
 static muonshard_status set_up(trainer *t) {
     const train_settings *s = &t->settings;
     const gpt_shape shape = {(int)s->layers, (int)s->width, (int)s->heads, (int)s->context,
@@ -234,8 +316,16 @@ static muonshard_status set_up(trainer *t) {
         status = commit_tensors(t);
     if (status != MUONSHARD_OK)
         return status;
-    status = train_report_open(&t->report, s, t->cmd.rank, t->message);
-    if (status == MUONSHARD_OK)
+    muonshard_load_result from = MUONSHARD_LOAD_RESULT_INIT;
+    train_state state = state_of(t, 0.0);
+    status = resume(t, &from, &state);
+    if (status != MUONSHARD_OK)
+        return status;
+    status = train_report_open(&t->report, s, t->cmd.rank, t->first, t->message);
+    train_report_continue(t->report, &state);
+    if (status == MUONSHARD_OK && from.found)
+        status = train_report_resumed(t->report, &from, t->message);
+    else if (status == MUONSHARD_OK)
         status = train_report_run(t->report, t->cmd.config, t->cmd.size,
                                   gpt_parameter_count(t->model), t->text.size, t->message);
     return command_agree(&t->cmd, status, t->message);
@@ -243,13 +333,20 @@ static muonshard_status set_up(trainer *t) {
 
 /* ---- the loop ---- */
 
-/* Sum over all ranks, in rank order; and one rank's error becomes everybody's. Collective. */
+/* Sum over all ranks, in rank order; and one rank's error becomes everybody's, and its signal. What
+ * all have written of a checkpoint becomes one. Collective. */
 static muonshard_status sum_over_ranks(trainer *t, double *value) {
-    double sums[2] = {*value, t->local == MUONSHARD_OK ? 0.0 : 1.0};
-    muonshard_status status = muonshard_comm_allreduce(t->cmd.comm, sums, 2, MUONSHARD_REDUCE_SUM);
+    int written = 1;
+    muonshard_save_test(t->optimizer, &written);
+    double sums[4] = {*value, t->local == MUONSHARD_OK ? 0.0 : 1.0, train_signal() ? 1.0 : 0.0,
+                      written ? 0.0 : 1.0};
+    muonshard_status status = muonshard_comm_allreduce(t->cmd.comm, sums, 4, MUONSHARD_REDUCE_SUM);
     if (status != MUONSHARD_OK)
         return command_told(&t->cmd, status, "%s", muonshard_comm_last_error(t->cmd.comm));
     *value = sums[0];
+    t->signalled = t->signalled || sums[2] > 0.0;
+    if (sums[3] == 0.0)
+        finish_save(t);
     return sums[1] > 0.0 ? command_agree(&t->cmd, t->local, t->message) : MUONSHARD_OK;
 }
 
@@ -338,11 +435,26 @@ static muonshard_status one_step(trainer *t, int64_t step, train_step_report *ou
     return status;
 }
 
+/* Whether a checkpoint is due after a step. */
+static bool save_due(const trainer *t, int64_t step) {
+    const train_settings *s = &t->settings;
+    return *s->save &&
+           (t->stopped || step == s->steps || (s->save_every && step % s->save_every == 0));
+}
+
+/* A run that ends without its last checkpoint says so by its exit code. */
+static muonshard_status end_of_saves(trainer *t) {
+    finish_save(t);
+    if (t->save_failed == MUONSHARD_OK && t->stopped)
+        train_report_say(t->report, "stopped by a signal, and saved in %s", t->settings.save);
+    return t->save_failed;
+}
+
 static muonshard_status train(trainer *t) {
     const train_settings *s = &t->settings;
-    double begin = command_now_s();
+    double begin = command_now_s() - t->time_before;
     int skipped_in_a_row = 0;
-    for (int64_t step = 1; step <= s->steps; step++) {
+    for (int64_t step = t->first + 1; step <= s->steps && !t->stopped; step++) {
         train_step_report report = {.val_loss = NAN};
         muonshard_status status = one_step(t, step, &report);
         report.evaluated = step == s->steps || (s->eval_every && step % s->eval_every == 0);
@@ -352,6 +464,10 @@ static muonshard_status train(trainer *t) {
             return status;
         report.time_s = command_now_s() - begin;
         t->local = train_report_step(t->report, &report, t->message);
+        t->stopped = t->signalled && step < s->steps;
+        if (save_due(t, step) &&
+            (status = save(t, report.time_s, t->stopped || step == s->steps)) != MUONSHARD_OK)
+            return status;
         skipped_in_a_row = report.skipped ? skipped_in_a_row + 1 : 0;
         if (skipped_in_a_row == MAX_SKIPPED)
             return command_told(&t->cmd, MUONSHARD_ERR_STATE,
@@ -360,6 +476,8 @@ static muonshard_status train(trainer *t) {
                                 step, MAX_SKIPPED);
     }
     muonshard_status status = command_agree(&t->cmd, t->local, t->message);
+    if (status == MUONSHARD_OK)
+        status = end_of_saves(t);
     muonshard_stats_info stats = MUONSHARD_STATS_INIT;
     if (status == MUONSHARD_OK) {
         status = muonshard_stats(t->optimizer, &stats);
@@ -379,6 +497,9 @@ int command_train(int argc, char **argv) {
     if (status == MUONSHARD_OK)
         status = command_configure(&t.cmd, args.positional[0], &args, train_table,
                                    train_table_count, &t.settings);
+    t.resume = command_option_value(&train_usage, &args, "--resume");
+    if (status == MUONSHARD_OK && *t.settings.save)
+        train_signals_note();
     if (status == MUONSHARD_OK)
         status = set_up(&t);
     if (status == MUONSHARD_OK)
@@ -394,5 +515,6 @@ int command_train(int argc, char **argv) {
         t.device->close(t.device->self);
     corpus_free(&t.text);
     free(t.windows);
-    return command_finish(&t.cmd, &args, status);
+    const int code = command_finish(&t.cmd, &args, status);
+    return code == 0 && t.stopped ? TRAIN_STOPPED : code;
 }

@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <jansson.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,8 +34,34 @@ static bool output_is_terminal(void) {
     return !strncmp(target, "/dev/pts/", 9) || !strncmp(target, "/dev/tty", 8);
 }
 
+/* Cut off after the line of step `step`; what a killed run left of later ones goes. */
+static FILE *reopen_log(const char *path, int64_t step) {
+    FILE *log = fopen(path, "r+");
+    if (!log && errno == ENOENT)
+        return fopen(path, "w");
+    char *line = NULL;
+    size_t room = 0;
+    off_t end = 0;
+    ssize_t length;
+    while (log && (length = getline(&line, &room, log)) > 0) {
+        long long number = 0;
+        if (line[length - 1] != '\n' ||
+            (sscanf(line, "{\"step\":%lld", &number) == 1 && number > step))
+            break;
+        end += length;
+    }
+    free(line);
+    if (log && (ftruncate(fileno(log), end) != 0 || fseeko(log, end, SEEK_SET) != 0)) {
+        const int error = errno;
+        fclose(log);
+        errno = error;
+        return NULL;
+    }
+    return log;
+}
+
 muonshard_status train_report_open(train_report **report, const train_settings *s, int rank,
-                                   char *message) {
+                                   int64_t step, char *message) {
     *report = NULL;
     if (rank != 0)
         return MUONSHARD_OK;
@@ -47,7 +74,7 @@ muonshard_status train_report_open(train_report **report, const train_settings *
     r->val_loss = r->best = NAN;
     r->line = s->progress == TRAIN_PROGRESS_ON ||
               (s->progress == TRAIN_PROGRESS_AUTO && output_is_terminal());
-    if (*s->log && !(r->log = fopen(s->log, "w"))) {
+    if (*s->log && !(r->log = step ? reopen_log(s->log, step) : fopen(s->log, "w"))) {
         snprintf(message, COMMAND_MESSAGE, "train.log: %s: %s", s->log, strerror(errno));
         free(r);
         return MUONSHARD_ERR_IO;
@@ -99,6 +126,55 @@ muonshard_status train_report_run(train_report *report, const muonshard_config *
     return write_line(report, line, message);
 }
 
+static void end_line(train_report *report) {
+    if (report->line_open)
+        printf("\n");
+    report->line_open = false;
+    fflush(stdout);
+}
+
+void train_report_state(const train_report *report, train_state *state) {
+    if (!report)
+        return;
+    state->best = report->best;
+    state->best_step = report->best_step;
+    state->skipped = report->skipped;
+}
+
+void train_report_continue(train_report *report, const train_state *state) {
+    if (!report)
+        return;
+    report->best = state->best;
+    report->best_step = state->best_step;
+    report->skipped = state->skipped;
+}
+
+void train_report_say(train_report *report, const char *format, ...) {
+    if (!report)
+        return;
+    va_list list;
+    end_line(report);
+    fprintf(stderr, "muonshard train: ");
+    va_start(list, format);
+    vfprintf(stderr, format, list);
+    va_end(list);
+    fprintf(stderr, "\n");
+}
+
+muonshard_status train_report_resumed(train_report *report, const muonshard_load_result *from,
+                                      char *message) {
+    if (!report)
+        return MUONSHARD_OK;
+    train_report_say(report, "goes on after step %" PRId64 ", from %s of %d rank%s", from->step,
+                     from->path, from->world_size, from->world_size == 1 ? "" : "s");
+    return report->log
+               ? write_line(report,
+                            json_pack("{s:I, s:s, s:i}", "resumed_after", (json_int_t)from->step,
+                                      "from", from->path, "ranks", from->world_size),
+                            message)
+               : MUONSHARD_OK;
+}
+
 /* JSON has no NaN. */
 static json_t *number(double value) {
     return isfinite(value) ? json_real(value) : json_null();
@@ -148,13 +224,6 @@ muonshard_status train_report_step(train_report *report, const train_step_report
     if (report->settings->progress != TRAIN_PROGRESS_OFF && (report->line || step->evaluated))
         print_step(report, step);
     return report->log ? log_step(report, step, message) : MUONSHARD_OK;
-}
-
-static void end_line(train_report *report) {
-    if (report->line_open)
-        printf("\n");
-    report->line_open = false;
-    fflush(stdout);
 }
 
 void train_report_end(train_report *report, const muonshard_stats_info *t) {

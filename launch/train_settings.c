@@ -49,7 +49,17 @@ const muonshard_param train_table[] = {
     {"train.optimizer", MUONSHARD_PARAM_CHOICE, AT(optimizer), "muon", 0, 0, "muon|adamw",
      "muon: matrices of the blocks by Muon, the rest by AdamW; adamw: everything by AdamW."},
     {"train.log", MUONSHARD_PARAM_TEXT, AT(log), "", 0, 0, NULL,
-     "File for JSON lines, one a step, replaced at the start; empty: off."},
+     "File for JSON lines, one a step, replaced at the start, or cut back to the step that a run "
+     "continues from; empty: off."},
+    {"train.save", MUONSHARD_PARAM_TEXT, AT(save), "", 0, 0, NULL,
+     "Directory for checkpoints, which all ranks see; one is saved after the last step, and at "
+     "SIGTERM and SIGUSR1, which then end the run with exit code 4; empty: none."},
+    {"train.save_every", MUONSHARD_PARAM_INT, AT(save_every), "0", 0, 1e12, NULL,
+     "Steps between checkpoints; 0: only those."},
+    {"train.keep", MUONSHARD_PARAM_INT, AT(keep), "2", 0, 1e6, NULL,
+     "Complete checkpoints that stay, the newest ones; 0: all."},
+    {"train.save_async", MUONSHARD_PARAM_BOOL, AT(save_async), "true", 0, 0, NULL,
+     "Training goes on while a copy of the state is written; it takes memory of the host."},
     {"train.progress", MUONSHARD_PARAM_CHOICE, AT(progress), "auto", 0, 0, "auto|on|off",
      "A line that is kept up to date (on); auto: where the output is no terminal, a line a "
      "validation."},

@@ -15,7 +15,6 @@
 #error "safetensors data is little-endian and is used in place"
 #endif
 
-#define HEADER_MAX   ((uint64_t)100000000) /* the format's limit */
 #define LENGTH_BYTES ((size_t)8)
 #define METADATA     "__metadata__"
 
@@ -232,10 +231,10 @@ static muonshard_status read_header(safetensors_file *file, const char *bytes, s
     FAIL_IF(available < LENGTH_BYTES + 2 || size < available, error, MUONSHARD_ERR_FORMAT,
             "%s: %zu bytes are no safetensors file", file->path, available);
     memcpy(&length, bytes, LENGTH_BYTES);
-    FAIL_IF(length > HEADER_MAX, error, MUONSHARD_ERR_FORMAT,
-            "%s: header length %" PRIu64 " is above the format's limit of %" PRIu64
+    FAIL_IF(length > SAFETENSORS_HEADER_MAX, error, MUONSHARD_ERR_FORMAT,
+            "%s: header length %" PRIu64 " is above the format's limit of %zu"
             ": not a safetensors file?",
-            file->path, length, HEADER_MAX);
+            file->path, length, SAFETENSORS_HEADER_MAX);
     FAIL_IF(length > available - LENGTH_BYTES, error, MUONSHARD_ERR_FORMAT,
             "%s: header length %" PRIu64 " goes past the end of the file (%zu bytes): truncated?",
             file->path, length, available);

@@ -10,6 +10,8 @@
 #include <stdbool.h>
 #include "status.h"
 
+#define SAFETENSORS_HEADER_MAX ((size_t)100000000) /* bytes: the format's limit */
+
 typedef struct safetensors_dtype {
     const char *name; /* "F32" */
     unsigned bits;    /* of one element */

@@ -231,6 +231,8 @@ const muonshard_param settings_table[] = {
     REAL("timeout", timeout_s, "100", 0.001, 1e6, "Deadline of each wait in a step, seconds."),
     REAL("first_timeout", first_timeout_s, "300", 0.001, 1e6,
          "Deadline of each wait in the first step, seconds."),
+    REAL("save_timeout", save_timeout_s, "600", 0.001, 1e6,
+         "Deadline of each wait in saving and loading a checkpoint, seconds."),
     TEXT("trace", trace, "",
          "File for a Chrome trace of what ran, %r becomes the rank; empty: off."),
 };

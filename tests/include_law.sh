@@ -11,6 +11,7 @@ law='
 include/muonshard.h        | <stddef.h> <stdint.h>
 include/muonshard_mpi.h    | include/muonshard.h <mpi.h>
 include/muonshard_nccl.h   | include/muonshard.h <nccl.h>
+src/optim/manifest.c       | include/muonshard.h BASE src/optim/* SYSTEM <jansson.h>
 src/optim/*                | include/muonshard.h BASE src/optim/* src/comm/comm.h src/kernels/backend.h SYSTEM
 src/comm/mpi*              | include/muonshard.h BASE src/comm/* src/kernels/backend.h SYSTEM include/muonshard_mpi.h <mpi.h>
 src/comm/nccl*             | include/muonshard.h BASE src/comm/* src/kernels/backend.h src/kernels/plugin.h SYSTEM <nccl.h> <cuda*>

@@ -237,20 +237,22 @@ job() {
 }
 job "finished" 0 "" FAKE_CODE=0
 says "a rank a GPU, through bind.sh" \
-    "^srun --mpi=pmix --ntasks-per-node=8 --ntasks=16 --cpus-per-task=4 --kill-on-bad-exit=1 --cpu-bind=none $launch/bind.sh muonshard train config.yaml train.steps=5$" slurm.log
+    "^srun --mpi=pmix --ntasks-per-node=8 --ntasks=16 --cpus-per-task=4 --kill-on-bad-exit=1 --cpu-bind=none $launch/bind.sh muonshard train --resume auto config.yaml train.steps=5$" slurm.log
 silent "finished: not queued again" scontrol slurm.log
 job "failed" 18 "" FAKE_CODE=18
 silent "failed without a warning: not queued again" scontrol slurm.log
-job "warned" 138 USR1 FAKE_CODE=138 FAKE_WAIT=1
+job "warned, and could not save" 15 USR1 FAKE_CODE=15 FAKE_WAIT=1
+silent "warned, and could not save: not queued again" scontrol slurm.log
+job "warned" 4 USR1 FAKE_CODE=4 FAKE_WAIT=1
 says "the warning reaches the run" "^srun: USR1$" slurm.log
 says "warned: queued again" "^scontrol requeue 4711$" slurm.log
 job "warned and finished" 0 USR1 FAKE_CODE=0 FAKE_WAIT=1
 says "warned and finished: told" "^srun: USR1$" slurm.log
 silent "warned and finished: not queued again" scontrol slurm.log
-job "often enough" 138 USR1 FAKE_CODE=138 FAKE_WAIT=1 SLURM_RESTART_COUNT=3
+job "often enough" 4 USR1 FAKE_CODE=4 FAKE_WAIT=1 SLURM_RESTART_COUNT=3 MUONSHARD_REQUEUES=3
 silent "not without end" scontrol slurm.log
 says "not without end: says so" "queued again 3 times already" stderr
-job "more often" 138 USR1 FAKE_CODE=138 FAKE_WAIT=1 SLURM_RESTART_COUNT=3 MUONSHARD_REQUEUES=4
+job "more often" 4 USR1 FAKE_CODE=4 FAKE_WAIT=1 SLURM_RESTART_COUNT=3 MUONSHARD_REQUEUES=4
 says "as often as it is told" "^scontrol requeue 4711$" slurm.log
 job "cancelled" 143 TERM FAKE_CODE=143 FAKE_WAIT=1
 says "a cancelled job ends its run" "^srun: TERM$" slurm.log
@@ -262,7 +264,7 @@ cp "$launch/bind.sh" stand_in
 printf '#!/usr/bin/env bash\necho "run_hosts $*" >>slurm.log\nexit 5\n' >stand_in/run_hosts.sh
 chmod +x stand_in/run_hosts.sh
 job "mpirun" 5 "" MUONSHARD_LAUNCHER=mpirun MUONSHARD_LAUNCH="$work/stand_in"
-says "through mpirun" "^run_hosts --ranks-per-host 8 muonshard train config.yaml train.steps=5$" slurm.log
+says "through mpirun" "^run_hosts --ranks-per-host 8 muonshard train --resume auto config.yaml train.steps=5$" slurm.log
 job "another launcher" 2 "" MUONSHARD_LAUNCHER=prun
 says "another launcher" '"prun", neither srun nor mpirun' stderr
 job "elsewhere" 2 "" SLURM_SUBMIT_DIR=/nowhere

@@ -190,6 +190,8 @@ void muonshard_destroy(muonshard_optimizer *o) {
         muonshard_comm_destroy(o->data);
     registry_free(&o->registry);
     muonshard_config_destroy(o->config);
+    free(o->loaded_path);
+    free(o->loaded_user);
     free(o);
 }
 
@@ -233,6 +235,10 @@ static muonshard_status check_memory(muonshard_optimizer *o, const char *name, c
         "tensor '%s': its %s is memory of the host or of another device; the backend is %s (%s)",
         name ? name : "", what, o->backend->ops->name, o->backend->device_text);
     return MUONSHARD_OK;
+}
+
+muonshard_status optimizer_check(muonshard_optimizer *o) {
+    return check_alive(o, true);
 }
 
 muonshard_status muonshard_add_tensor(muonshard_optimizer *o, const muonshard_tensor_desc *desc,

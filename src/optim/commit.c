@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "optim/optimizer.h"
+#include "optim/checkpoint.h"
 
 /* ---- memory ---- */
 
@@ -223,7 +223,7 @@ static muonshard_status prepare(muonshard_optimizer *o) {
 
 /* ---- fp32 copies of 16-bit parameters ---- */
 
-static muonshard_status fill_masters(muonshard_optimizer *o) {
+muonshard_status commit_fill_masters(muonshard_optimizer *o) {
     size_t filled = 0;
     for (size_t b = 0; b < o->plan.batch_count; b++) {
         for (size_t i = 0; i < o->batches[b].apply_count; i++) {
@@ -270,7 +270,7 @@ muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_status local
         TRY_GOTO(replicas_broadcast(o), failed);
     else if (sync == MUONSHARD_SYNC_CHECK)
         TRY_GOTO(replicas_check(o), failed);
-    status = fill_masters(o);
+    status = commit_fill_masters(o);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), failed);
     fill_stats(o);
     o->committed = true;
@@ -294,6 +294,7 @@ static bool workspace_in_use(const muonshard_optimizer *o) {
 
 /* Back to what it was before commit. */
 void optimizer_release(muonshard_optimizer *o) {
+    saver_free(o);
     const workspace *m = &o->memory;
     void *memory[] = {m->momentum,  m->variance, m->masters,        m->flat_m,    m->flat_v,
                       m->flat_w,    m->owned,    m->factors,        m->flat_sent, m->pack,

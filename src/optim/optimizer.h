@@ -79,7 +79,9 @@ struct muonshard_optimizer {
     tensor_values *values;  /* own, host, [tensor_count] */
     size_t flat_chunks;     /* of a shard */
     size_t word_stride, sum_count;
-    trace *trace; /* own, or NULL */
+    trace *trace;                    /* own, or NULL */
+    struct saver *saver;             /* own, or NULL: checkpoint.h */
+    char *loaded_path, *loaded_user; /* own, of the latest load, or NULL */
     size_t state_bytes, workspace_bytes, pinned_bytes;
     uint8_t *filled; /* own, [plan.slot_count] */
 
@@ -93,6 +95,7 @@ struct muonshard_optimizer {
     bool graphs;         /* segments are captured and replayed */
     size_t next;         /* operation to run next; 0 or schedule.count: none is under way */
     int64_t step;        /* number of the step under way or, between steps, of the last one */
+    int64_t begun_here;  /* steps begun by this handle: a load moves `step`, and not this */
     bool open;           /* a step is under way: begun by grad_ready or step, not finished */
     bool called;         /* muonshard_step has been called for it */
     uint8_t *ready;      /* own, [entries of all tensors]: marked final */
@@ -131,6 +134,8 @@ muonshard_status work_plan(muonshard_optimizer *o);
 /* The arguments themselves; needs the workspace. */
 muonshard_status work_make(muonshard_optimizer *o);
 void work_free(muonshard_optimizer *o);
+/* Where this rank keeps the fp32 copy of the matrix in rank's slot; NULL: it has none. */
+float *work_master(const muonshard_optimizer *o, const wave *w, int rank);
 /* Which element of its tensor a shard's part begins with. */
 size_t work_adam_first(const muonshard_optimizer *o, const adam_item *a);
 /* Parameters into the shard: those that have a master, or those that have none. Returns how many
@@ -139,11 +144,16 @@ size_t work_load_flat(const muonshard_optimizer *o, convert_item *items, bool ma
 /* Zeroed host memory; `pointer` is the address of a pointer of any type. */
 muonshard_status host_array(muonshard_optimizer *o, void *pointer, size_t count, size_t item);
 
+/* api.c: the handle is alive and committed. */
+muonshard_status optimizer_check(muonshard_optimizer *o);
+
 /* commit.c */
 /* `local`: an error found before, which becomes everybody's. */
 muonshard_status optimizer_commit(muonshard_optimizer *o, muonshard_status local,
                                   muonshard_sync_params sync);
 void optimizer_release(muonshard_optimizer *o);
+/* The fp32 copies of 16-bit parameters, from those. */
+muonshard_status commit_fill_masters(muonshard_optimizer *o);
 
 /* replicas.c: the same bytes on every rank. Collective. */
 muonshard_status replicas_check(muonshard_optimizer *o);
@@ -157,7 +167,8 @@ static inline size_t stamp_index(const muonshard_optimizer *o, int64_t step, siz
 }
 /* How long a wait of step number `step` may take, seconds. */
 static inline double step_deadline(const muonshard_optimizer *o, int64_t step) {
-    return step == 1 ? o->settings->first_timeout_s : o->settings->timeout_s;
+    return step == o->step - o->begun_here + 1 ? o->settings->first_timeout_s
+                                               : o->settings->timeout_s;
 }
 muonshard_status settle_stamp(muonshard_optimizer *o, size_t index, op_stamp which,
                               backend_stream stream);

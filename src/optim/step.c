@@ -478,7 +478,7 @@ static muonshard_status run_segment(muonshard_optimizer *o, size_t first, size_t
     if (o->schedule.ops[first].waits_on != OP_NONE)
         TRY(await(o, first));
     fault_point("segment");
-    if (o->step > 2) {
+    if (o->begun_here > 2) {
         char label[sizeof o->comm->position.phase];
         op_label(&o->schedule.ops[first], label, sizeof label);
         streams->range_begin(o->backend, label);
@@ -497,7 +497,7 @@ static muonshard_status run_segment(muonshard_optimizer *o, size_t first, size_t
 static size_t segment_end(const muonshard_optimizer *o, size_t index) {
     const int segment = o->schedule.ops[index].segment;
     size_t end = index;
-    if (!o->graphs || segment == OP_NONE || o->step == 1)
+    if (!o->graphs || segment == OP_NONE || o->begun_here == 1)
         return index;
     while (end < o->schedule.count && o->schedule.ops[end].segment == segment)
         end++;
@@ -537,6 +537,7 @@ muonshard_status step_begin(muonshard_optimizer *o) {
     TRY(settle_until(o, o->step + 1 - STEPS_IN_FLIGHT));
     o->next = 0;
     o->step++;
+    o->begun_here++;
     o->open = true;
     o->called = false;
     o->failed = false;

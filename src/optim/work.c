@@ -50,7 +50,7 @@ static bool variance_by_rows(const settings *s, const view *v) {
     return by_outputs != turned;
 }
 
-static float *master_of(const muonshard_optimizer *o, const wave *w, int rank) {
+float *work_master(const muonshard_optimizer *o, const wave *w, int rank) {
     switch (registry_master(o->settings, w->dtype)) {
     case MASTER_OWNER: return rank == o->comm->rank ? o->memory.masters + w->master_offset : NULL;
     case MASTER_REPLICATED: return o->memory.masters + w->master_offset + (size_t)rank * w->slot;
@@ -66,7 +66,7 @@ static apply_item apply_view(const muonshard_optimizer *o, const wave *w, int ra
     const bool varied = o->settings->variance != VARIANCE_NONE;
     return (apply_item){.w = tensor_param_at(t, v->offset),
                         .w_dtype = t->dtype,
-                        .master = master_of(o, w, rank),
+                        .master = work_master(o, w, rank),
                         .u = u,
                         .u_dtype = u_dtype,
                         .factor = varied ? factor : NULL,
@@ -84,7 +84,7 @@ static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, s
     const view *v = &o->registry.views[plan_slot_view(&o->plan, w, o->comm->rank)];
     const tensor *t = &o->registry.tensors[v->tensor];
     const muonshard_dtype stored = (muonshard_dtype)o->settings->momentum_dtype;
-    const float *master = master_of(o, w, o->comm->rank);
+    const float *master = work_master(o, w, o->comm->rank);
     float *u = m->owned + w->owned_offset;
     work->momentum[k] =
         (momentum_item){.g_u = u,

@@ -1,0 +1,279 @@
+#include "optim/series.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include "fault.h"
+#include "whole_file.h"
+
+void series_file(int rank, char *name) {
+    snprintf(name, SERIES_FILE, "rank-%05d.safetensors", rank);
+}
+
+char *series_path(const char *directory, const char *name) {
+    const size_t size = strlen(directory) + strlen(name) + 2;
+    char *path = malloc(size);
+    if (path)
+        snprintf(path, size, "%s/%s", directory, name);
+    return path;
+}
+
+/* ---- names ---- */
+
+static const char *read_digits(const char *text, int64_t *number) {
+    const size_t digits = strspn(text, "0123456789");
+    *number = digits && digits < 19 ? strtoll(text, NULL, 10) : 0;
+    return digits && digits < 19 ? text + digits : NULL;
+}
+
+static bool read_entry(const char *name, series_entry *entry) {
+    *entry = (series_entry){.number = 1};
+    if (strncmp(name, "step-", 5) != 0 || strlen(name) >= sizeof entry->name)
+        return false;
+    const char *rest = read_digits(name + 5, &entry->step);
+    if (rest && *rest == '-')
+        rest = read_digits(rest + 1, &entry->number);
+    memcpy(entry->name, name, strlen(name) + 1);
+    return rest && !*rest;
+}
+
+static int compare_entries(const void *left, const void *right) {
+    const series_entry *a = left, *b = right;
+    if (a->step != b->step)
+        return a->step > b->step ? -1 : 1;
+    return a->number > b->number ? -1 : a->number < b->number;
+}
+
+muonshard_status series_list(const char *directory, series_entry **entries, size_t *count,
+                             error_text *error) {
+    *entries = NULL;
+    *count = 0;
+    DIR *dir = opendir(directory);
+    if (!dir && errno == ENOENT)
+        return MUONSHARD_OK;
+    FAIL_IF(!dir, error, MUONSHARD_ERR_IO, "%s: cannot be read: %s", directory, strerror(errno));
+    size_t room = 0;
+    muonshard_status status = MUONSHARD_OK;
+    for (const struct dirent *item; status == MUONSHARD_OK && (item = readdir(dir));) {
+        series_entry entry;
+        if (!read_entry(item->d_name, &entry))
+            continue;
+        if (*count == room) {
+            room = 2 * room + 16;
+            series_entry *more = realloc(*entries, room * sizeof *more);
+            if (!more) {
+                status = fail(error, MUONSHARD_ERR_MEMORY, "%s: out of memory", directory);
+                break;
+            }
+            *entries = more;
+        }
+        (*entries)[(*count)++] = entry;
+    }
+    closedir(dir);
+    if (*count)
+        qsort(*entries, *count, sizeof **entries, compare_entries);
+    return status;
+}
+
+/* ---- making ---- */
+
+static int make_directory(const char *path) {
+    const int fault = fault_point("make directory");
+    errno = fault;
+    return fault > 0 ? -1 : mkdir(path, 0755);
+}
+
+static muonshard_status sync_directory(const char *path, error_text *error) {
+    const int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const int synced = fd < 0 ? -1 : whole_file_sync_directory(fd);
+    const int code = errno;
+    if (fd >= 0)
+        close(fd);
+    FAIL_IF(synced != 0, error, MUONSHARD_ERR_IO, "%s: cannot be synced: %s", path, strerror(code));
+    return MUONSHARD_OK;
+}
+
+muonshard_status series_new(const char *directory, int64_t step, char **path, error_text *error) {
+    *path = NULL;
+    if (make_directory(directory) == 0) {
+        char *parent = whole_file_directory(directory);
+        const muonshard_status status =
+            parent ? sync_directory(parent, error) : MUONSHARD_ERR_MEMORY;
+        free(parent);
+        TRY(status);
+    } else {
+        FAIL_IF(errno != EEXIST, error, MUONSHARD_ERR_IO, "%s: cannot be made: %s", directory,
+                strerror(errno));
+    }
+    char name[64];
+    snprintf(name, sizeof name, "step-%08" PRId64, step);
+    for (int number = 2;; number++) {
+        free(*path);
+        *path = series_path(directory, name);
+        FAIL_IF(!*path, error, MUONSHARD_ERR_MEMORY, "out of memory");
+        if (make_directory(*path) == 0)
+            return sync_directory(directory, error);
+        FAIL_IF(errno != EEXIST || number == INT32_MAX, error, MUONSHARD_ERR_IO,
+                "%s: cannot be made: %s", *path, strerror(errno));
+        snprintf(name, sizeof name, "step-%08" PRId64 "-%d", step, number);
+    }
+}
+
+/* ---- looking ---- */
+
+/* A regular file of a checkpoint, and no link out of it; -1 with errno. */
+static int open_file(const char *checkpoint, const char *name, struct stat *info) {
+    char *path = series_path(checkpoint, name);
+    const int fd = path ? open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC) : -1;
+    free(path);
+    if (fd >= 0 && (fstat(fd, info) != 0 || !S_ISREG(info->st_mode))) {
+        close(fd);
+        errno = EINVAL;
+        return -1;
+    }
+    return fd;
+}
+
+static bool read_all(int fd, char *to, size_t bytes) {
+    size_t at = 0;
+    while (at < bytes) {
+        const ssize_t got = read(fd, to + at, bytes - at);
+        if (got <= 0 && !(got < 0 && errno == EINTR))
+            return false;
+        at += got > 0 ? (size_t)got : 0;
+    }
+    return true;
+}
+
+muonshard_status series_read_manifest(const char *checkpoint, char **text, size_t *length,
+                                      error_text *error) {
+    struct stat info;
+    *text = NULL;
+    const int fd = open_file(checkpoint, MANIFEST_NAME, &info);
+    FAIL_IF(fd < 0, error, MUONSHARD_ERR_IO, "%s/" MANIFEST_NAME ": cannot be read: %s", checkpoint,
+            strerror(errno));
+    *length = (size_t)info.st_size;
+    muonshard_status status = MUONSHARD_OK;
+    if (*length > MANIFEST_MOST)
+        status = fail(error, MUONSHARD_ERR_FORMAT, "%s/" MANIFEST_NAME ": %zu bytes are too many",
+                      checkpoint, *length);
+    else if (!(*text = malloc(*length + 1)))
+        status = fail(error, MUONSHARD_ERR_MEMORY, "%s: out of memory", checkpoint);
+    else if (!read_all(fd, *text, *length))
+        status = fail(error, MUONSHARD_ERR_IO, "%s/" MANIFEST_NAME ": cannot be read", checkpoint);
+    close(fd);
+    if (status) {
+        free(*text);
+        *text = NULL;
+    }
+    return status;
+}
+
+static muonshard_status check_sizes(const char *checkpoint, const manifest *m, error_text *error) {
+    for (int r = 0; r < m->world_size; r++) {
+        char name[SERIES_FILE];
+        struct stat info;
+        series_file(r, name);
+        const int fd = open_file(checkpoint, name, &info);
+        FAIL_IF(fd < 0, error, MUONSHARD_ERR_IO, "%s/%s: cannot be read: %s", checkpoint, name,
+                strerror(errno));
+        close(fd);
+        FAIL_IF((uint64_t)info.st_size != m->files[r].bytes, error, MUONSHARD_ERR_FORMAT,
+                "%s/%s: has %lld bytes of %" PRIu64, checkpoint, name, (long long)info.st_size,
+                m->files[r].bytes);
+    }
+    return MUONSHARD_OK;
+}
+
+muonshard_status series_check(const char *checkpoint, error_text *error) {
+    char *text;
+    size_t length;
+    manifest m;
+    TRY(series_read_manifest(checkpoint, &text, &length, error));
+    muonshard_status status = manifest_read(checkpoint, text, length, &m, error);
+    free(text);
+    TRY(status);
+    status = check_sizes(checkpoint, &m, error);
+    manifest_free(&m);
+    return status;
+}
+
+/* ---- removing ---- */
+
+static bool is_ours(const char *name) {
+    const size_t digits = strncmp(name, "rank-", 5) == 0 ? strspn(name + 5, "0123456789") : 0;
+    return (digits && strncmp(name + 5 + digits, ".safetensors", 12) == 0) ||
+           strncmp(name, MANIFEST_NAME, strlen(MANIFEST_NAME)) == 0;
+}
+
+/* The manifest first: what is half removed is no checkpoint. */
+static int remove_files(int fd) {
+    fault_point("remove manifest");
+    if (unlinkat(fd, MANIFEST_NAME, 0) != 0 && errno != ENOENT)
+        return -1;
+    if (whole_file_sync_directory(fd) != 0)
+        return -1;
+    const int listed = dup(fd);
+    DIR *dir = listed < 0 ? NULL : fdopendir(listed);
+    if (!dir)
+        return -1;
+    int failed = 0;
+    for (const struct dirent *item; (item = readdir(dir));) {
+        if (!is_ours(item->d_name))
+            continue;
+        fault_point("remove file");
+        failed |= unlinkat(fd, item->d_name, 0);
+    }
+    closedir(dir);
+    return failed;
+}
+
+static muonshard_status remove_checkpoint(const char *path, error_text *error) {
+    const int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    int failed = fd < 0 ? -1 : remove_files(fd);
+    if (failed == 0) {
+        fault_point("remove directory");
+        failed = rmdir(path);
+    }
+    const int code = errno;
+    if (fd >= 0)
+        close(fd);
+    FAIL_IF(failed != 0, error, MUONSHARD_ERR_IO, "%s: cannot be removed: %s", path,
+            strerror(code));
+    return MUONSHARD_OK;
+}
+
+muonshard_status series_prune(const char *directory, const char *checkpoint, int keep,
+                              error_text *error) {
+    series_entry *entries, newest;
+    size_t count;
+    const char *slash = strrchr(checkpoint, '/');
+    int complete = 1;
+    if (!slash || !read_entry(slash + 1, &newest))
+        return MUONSHARD_OK;
+    muonshard_status status = series_list(directory, &entries, &count, error);
+    for (size_t i = 0; i < count && status != MUONSHARD_ERR_MEMORY; i++) {
+        error_text why;
+        if (compare_entries(&entries[i], &newest) <= 0)
+            continue;
+        char *path = series_path(directory, entries[i].name);
+        if (!path) {
+            status = fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
+            break;
+        }
+        const bool kept = entries[i].step != newest.step && (keep == 0 || complete < keep) &&
+                          series_check(path, &why) == MUONSHARD_OK;
+        complete += kept;
+        if (!kept && remove_checkpoint(path, &why))
+            status = fail(error, MUONSHARD_ERR_IO, "%s", why.text);
+        free(path);
+    }
+    free(entries);
+    return status;
+}

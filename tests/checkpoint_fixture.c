@@ -1,0 +1,109 @@
+#include "checkpoint_fixture.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <cmocka.h>
+
+char checkpoint_directory[64];
+static journey *current;
+
+int checkpoint_setup(void **state) {
+    (void)state;
+    snprintf(checkpoint_directory, sizeof checkpoint_directory, "/tmp/test_checkpoint_XXXXXX");
+    return mkdtemp(checkpoint_directory) ? 0 : -1;
+}
+
+void checkpoint_empty(void) {
+    char command[128];
+    snprintf(command, sizeof command, "rm -rf %s/*", checkpoint_directory);
+    assert_int_equal(system(command), 0);
+}
+
+int checkpoint_teardown(void **state) {
+    (void)state;
+    checkpoint_empty();
+    return rmdir(checkpoint_directory);
+}
+
+const char *in_directory(const char *name) {
+    static char buffers[4][256];
+    static int next;
+    char *path = buffers[next++ % 4];
+    snprintf(path, sizeof buffers[0], "%s/%s", checkpoint_directory, name);
+    return path;
+}
+
+/* ---- what a rank does ---- */
+
+static void take_steps(rig *r, int from, int to) {
+    for (int i = from; i < to && r->status == MUONSHARD_OK; i++) {
+        if (current->wait_after && i == current->wait_after)
+            r->status = muonshard_save_wait(r->optimizer);
+        rig_gradients(r);
+        rig_step(r);
+    }
+}
+
+static void keep_message(const rig *r, int rank) {
+    snprintf(current->message[rank], sizeof current->message[rank], "%s",
+             muonshard_last_error(r->optimizer));
+}
+
+static bool load(rig *r, int rank) {
+    journey *j = current;
+    muonshard_load_result result = MUONSHARD_LOAD_RESULT_INIT;
+    j->loaded[rank] = muonshard_load(r->optimizer, j->from ? j->from : checkpoint_directory,
+                                     &j->load_args, &result);
+    keep_message(r, rank);
+    rig_pull(r);
+    j->unchanged[rank] = rig_digest(r);
+    j->result[rank] = result;
+    if (rank == 0 && j->loaded[rank] == MUONSHARD_OK && result.found) {
+        snprintf(j->path, sizeof j->path, "%s", result.path);
+        snprintf(j->user, sizeof j->user, "%s", result.user);
+    }
+    r->step = (int)result.step;
+    return j->loaded[rank] == MUONSHARD_OK;
+}
+
+static void run(rig *r, outcome *out) {
+    (void)out;
+    journey *j = current;
+    const int rank = muonshard_comm_rank(r->comm);
+    if (r->status != MUONSHARD_OK || (j->load && !load(r, rank)))
+        return;
+    take_steps(r, 0, j->before);
+    j->at_save[rank] = rig_digest(r);
+    if (j->save && r->status == MUONSHARD_OK) {
+        j->saved[rank] =
+            muonshard_save(r->optimizer, j->to ? j->to : checkpoint_directory, &j->save_args);
+        keep_message(r, rank);
+    }
+    take_steps(r, 0, j->after);
+    if (j->save && j->saved[rank] == MUONSHARD_OK) {
+        j->saved[rank] = muonshard_save_wait(r->optimizer);
+        keep_message(r, rank);
+    }
+    j->stats[rank] = (muonshard_stats_info)MUONSHARD_STATS_INIT;
+    muonshard_stats(r->optimizer, &j->stats[rank]);
+    j->at_end[rank] = rig_digest(r);
+}
+
+uint64_t travel(journey *j, int ranks, const rig_case *setup) {
+    outcome out = {.setup = {setup}, .between = run};
+    current = j;
+    assert_int_equal(threads_run(ranks, ranks_run, &out), MUONSHARD_OK);
+    for (int r = 0; r < ranks; r++) {
+        if (out.status[r] != MUONSHARD_OK)
+            fail_msg("rank %d: %s", r, out.message[r]);
+        assert_int_equal(j->loaded[r], j->loaded[0]);
+        assert_int_equal(j->saved[r], j->saved[0]);
+        assert_true(out.digest[r] == out.digest[0]);
+    }
+    return out.digest[0];
+}

@@ -1,0 +1,41 @@
+/* checkpoint_fixture.h - rigs that save and continue, the ranks being threads, in a directory that
+ * goes away with the test. */
+#ifndef CHECKPOINT_FIXTURE_H
+#define CHECKPOINT_FIXTURE_H
+
+#include "ranks_fixture.h"
+
+/* What the ranks do: load, take steps, save, take more. */
+typedef struct journey {
+    bool load;
+    muonshard_load_args load_args;
+    const char *from; /* NULL: the test's directory */
+    int before;       /* steps, then */
+    bool save;
+    muonshard_save_args save_args;
+    const char *to; /* NULL: the test's directory */
+    int after;      /* steps */
+    int wait_after; /* a deferred save is waited for before this step; 0: at the end */
+    /* out */
+    muonshard_status loaded[MAX_RANKS], saved[MAX_RANKS];
+    char message[MAX_RANKS][1024];
+    muonshard_load_result result[MAX_RANKS]; /* without its texts */
+    char path[1024], user[256];              /* rank 0's */
+    uint64_t unchanged[MAX_RANKS], at_save[MAX_RANKS], at_end[MAX_RANKS];
+    muonshard_stats_info stats[MAX_RANKS];
+} journey;
+#define JOURNEY_INIT                                                                               \
+    { .load_args = MUONSHARD_LOAD_ARGS_INIT, .save_args = MUONSHARD_SAVE_ARGS_INIT }
+
+/* The test's directory, empty; for setup and teardown of a group. */
+extern char checkpoint_directory[64];
+int checkpoint_setup(void **state);
+int checkpoint_teardown(void **state);
+void checkpoint_empty(void);
+
+/* Asserts that statuses and digests are the same on all ranks, and returns the last digest. */
+uint64_t travel(journey *j, int ranks, const rig_case *setup);
+/* "directory/name", in one of some buffers. */
+const char *in_directory(const char *name);
+
+#endif
