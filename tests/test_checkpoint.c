@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include "checkpoint_fixture.h"
+#include "optim/state.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -254,11 +255,55 @@ static void to_memory(void **state) {
         }
 }
 
+/* ---- what `plan` says of it ---- */
+
+typedef struct planned {
+    size_t planned[MAX_RANKS], there[MAX_RANKS], image[MAX_RANKS];
+} planned;
+static planned *plans;
+
+static void add_up(rig *r, outcome *out) {
+    (void)out;
+    const muonshard_optimizer *o = r->optimizer;
+    const int rank = muonshard_comm_rank(r->comm);
+    size_t bytes[MAX_RANKS] = {0};
+    state_list owned;
+    state_bytes(&o->registry, &o->plan, o->settings, bytes);
+    plans->planned[rank] = bytes[rank];
+    if (state_owned(o, &owned, NULL) != MUONSHARD_OK)
+        return;
+    for (size_t i = 0; i < owned.count; i++)
+        plans->there[rank] += owned.slices[i].count * dtype_size(owned.slices[i].dtype);
+    state_free(&owned);
+    muonshard_state_size(o, &plans->image[rank]);
+}
+
+static void planned_bytes(void **state) {
+    (void)state;
+    rig_tensor tensors[RIG_MAX_TENSORS];
+    for (int dtype = 0; dtype < 3; dtype++)
+        for (size_t k = 0; k < RULES; k++)
+            for (int n = 1; n <= MAX_RANKS; n++) {
+                planned p = {.planned = {0}};
+                char yaml[512];
+                plans = &p;
+                snprintf(yaml, sizeof yaml, "{%s%s}", rules[k], dtype ? masters[k % 3] : "");
+                const rig_case setup = zoo_of((muonshard_dtype)dtype, tensors, yaml);
+                outcome out = {.setup = {&setup}, .between = add_up};
+                assert_int_equal(threads_run(n, ranks_run, &out), MUONSHARD_OK);
+                for (int r = 0; r < n; r++) {
+                    assert_int_equal(out.status[r], MUONSHARD_OK);
+                    assert_int_equal(p.planned[r], p.there[r]);
+                    assert_true(p.image[r] > p.there[r] && p.image[r] < p.there[r] + 20000);
+                }
+            }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(same_ranks),  cmocka_unit_test(other_ranks_and_plans),
         cmocka_unit_test(to_rounding), cmocka_unit_test(deferred_state),
-        cmocka_unit_test(to_memory),
+        cmocka_unit_test(to_memory),   cmocka_unit_test(planned_bytes),
     };
     return cmocka_run_group_tests_name("checkpoint", tests, checkpoint_setup, checkpoint_teardown);
 }

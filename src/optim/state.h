@@ -47,6 +47,8 @@ muonshard_status state_owned(const muonshard_optimizer *o, state_list *list, err
 muonshard_status state_wanted(const muonshard_optimizer *o, bool params, state_list *list,
                               error_text *error);
 void state_free(state_list *list);
+/* bytes [world_size] += what each rank's slices take. */
+void state_bytes(const registry *r, const plan *p, const settings *s, size_t *bytes);
 
 /* What has to be the same in a checkpoint and here: name, role, form, dtype and shape of all. */
 uint64_t state_tensors_hash(const registry *r);
