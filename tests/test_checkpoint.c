@@ -305,5 +305,6 @@ int main(void) {
         cmocka_unit_test(to_rounding), cmocka_unit_test(deferred_state),
         cmocka_unit_test(to_memory),   cmocka_unit_test(planned_bytes),
     };
+    cmocka_set_test_filter(getenv("MUONSHARD_TEST_ONLY"));
     return cmocka_run_group_tests_name("checkpoint", tests, checkpoint_setup, checkpoint_teardown);
 }
