@@ -21,6 +21,10 @@ const muonshard_param model_file_table[] = {
 };
 const size_t model_file_table_count = sizeof model_file_table / sizeof model_file_table[0];
 
+#define LARGEST_SIZE ((int64_t)1 << 40) /* what adds to sizes and multiplies them can't overflow   \
+                                         */
+#define MOST_MATRICES 4194304.0         /* a plan has a line for each */
+
 /* "12,2304,768" into `numbers` [max]; -1 when it is not such a list. */
 static int read_numbers(const char *text, int64_t *numbers, int max) {
     int count = 0;
@@ -28,7 +32,8 @@ static int read_numbers(const char *text, int64_t *numbers, int max) {
         char *end;
         errno = 0;
         const long long n = strtoll(text, &end, 10);
-        if (end == text || errno || n < 1 || count == max || (*end && *end != ','))
+        if (end == text || errno || n < 1 || n > LARGEST_SIZE || count == max ||
+            (*end && *end != ','))
             return -1;
         numbers[count++] = n;
         text = *end ? end + 1 : end;
@@ -127,6 +132,24 @@ static muonshard_status read_line(muonshard_tensor_desc *t, struct model_axes *a
     return MUONSHARD_OK;
 }
 
+static double matrices_of(const muonshard_tensor_desc *t) {
+    double matrices = t->row_split_count ? (double)t->row_split_count : 1.0;
+    for (int d = 0; t->form == MUONSHARD_STACK && d < t->dims - 2; d++)
+        matrices *= (double)t->shape[d];
+    return t->role == MUONSHARD_ROLE_MATRIX ? matrices : 0.0;
+}
+
+/* `matrices` of all tensors up to this one. */
+static muonshard_status check_count(const muonshard_tensor_desc *t, double matrices,
+                                    char *message) {
+    return matrices > MOST_MATRICES
+               ? message_fail(message, MUONSHARD_ERR_UNSUPPORTED,
+                              "tensors: '%s': up to it they are %.4g matrices; at most %.0f can "
+                              "be planned",
+                              t->name, matrices, MOST_MATRICES)
+               : MUONSHARD_OK;
+}
+
 /* The file and line before what is wrong with tensor `index`. */
 static muonshard_status at_line(const char *path, size_t index, muonshard_status status,
                                 char *message) {
@@ -165,19 +188,23 @@ muonshard_status model_file_parse(model_file *model, const char *path, char *mes
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
     int64_t *splits = model->splits;
     int room = (int)(lines + commas);
-    char *next = NULL;
-    for (char *line = strtok_r(model->text, "\n", &next); line;
-         line = strtok_r(NULL, "\n", &next)) {
+    double matrices = 0.0;
+    for (char *line = model->text; *line;) {
         muonshard_tensor_desc *t = &model->tensors[model->tensor_count];
         const size_t index = model->tensor_count;
+        char *end = strchr(line, '\n');
+        *end = '\0';
         muonshard_status status = read_line(t, &model->axes[index], line, splits, room, message);
         if (status == MUONSHARD_OK)
             status = check_degrees(model, index, message);
+        if (status == MUONSHARD_OK)
+            status = check_count(t, matrices += matrices_of(t), message);
         if (status != MUONSHARD_OK)
             return at_line(path, index, status, message);
         splits += t->row_split_count;
         room -= (int)t->row_split_count;
         model->tensor_count++;
+        line = end + 1;
     }
     return MUONSHARD_OK;
 }
@@ -209,6 +236,7 @@ bool model_file_tensor(const model_file *model, size_t index, model_part part,
 }
 
 muonshard_status model_file_repeat(model_file *model, int64_t times, char *message) {
+    double matrices = 0.0;
     for (size_t i = 0; i < model->tensor_count; i++) {
         muonshard_tensor_desc *t = &model->tensors[i];
         const bool matrix = t->role == MUONSHARD_ROLE_MATRIX;
@@ -221,7 +249,13 @@ muonshard_status model_file_repeat(model_file *model, int64_t times, char *messa
             t->shape[0] = 1;
             t->dims = 3;
         }
-        t->shape[0] *= times;
+        if (__builtin_mul_overflow(t->shape[0], times, &t->shape[0]))
+            return message_fail(message, MUONSHARD_ERR_UNSUPPORTED,
+                                "tensor '%s' can't be had %lld times: it is too large", t->name,
+                                (long long)times);
+        const muonshard_status status = check_count(t, matrices += matrices_of(t), message);
+        if (status)
+            return status;
     }
     return MUONSHARD_OK;
 }

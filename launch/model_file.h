@@ -36,7 +36,8 @@ extern const muonshard_param model_file_table[];
 extern const size_t model_file_table_count;
 
 /* tensor_lines, which come from the file `path`, to tensors. ERR_CONFIG with `message`
- * [COMMAND_MESSAGE] naming file, line and tensor; ERR_MEMORY. */
+ * [COMMAND_MESSAGE] naming file, line and tensor; ERR_UNSUPPORTED, likewise: more than four million
+ * matrices; ERR_MEMORY. */
 muonshard_status model_file_parse(model_file *model, const char *path, char *message);
 void model_file_free(model_file *model);
 
@@ -45,8 +46,8 @@ typedef enum model_part { MODEL_SHARED, MODEL_EXPERTS, MODEL_PARTS } model_part;
 /* Tensor `index` as a rank of the part's group holds it; false: it is of the other part. */
 bool model_file_tensor(const model_file *model, size_t index, model_part part,
                        muonshard_tensor_desc *desc);
-/* Every tensor `times` times over, for weak scaling. ERR_UNSUPPORTED: a tensor that is flattened.
- */
+/* Every tensor `times` times over, for weak scaling. ERR_UNSUPPORTED: a tensor that is flattened,
+ * or it is too large then. */
 muonshard_status model_file_repeat(model_file *model, int64_t times, char *message);
 
 #endif

@@ -502,8 +502,9 @@ muonshard_status muonshard_progress(muonshard_optimizer *o) {
 muonshard_status muonshard_stats(const muonshard_optimizer *o, muonshard_stats_info *stats) {
     if (!o)
         return MUONSHARD_ERR_ARGUMENT;
-    if (!o->committed)
-        return MUONSHARD_ERR_STATE;
+    /* Const is for the optimizer; the text of the last error may change. */
+    error_text *error = &((muonshard_optimizer *)o)->error;
+    FAIL_IF(!o->committed, error, MUONSHARD_ERR_STATE, "muonshard_commit comes first");
     muonshard_stats_info s = o->stats;
     s.time_pack = o->op_seconds[OP_PACK] + o->op_seconds[OP_TAKE];
     s.time_reduce_scatter = o->op_seconds[OP_REDUCE_SCATTER];
@@ -513,5 +514,5 @@ muonshard_status muonshard_stats(const muonshard_optimizer *o, muonshard_stats_i
     s.time_all_gather = o->op_seconds[OP_ALL_GATHER];
     s.time_elementwise = o->op_seconds[OP_ADAM];
     s.time_apply = o->op_seconds[OP_VARIANCE] + o->op_seconds[OP_UPDATE] + o->op_seconds[OP_APPLY];
-    return give_struct(NULL, &s, sizeof s, stats, "stats");
+    return give_struct(error, &s, sizeof s, stats, "stats");
 }

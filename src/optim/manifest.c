@@ -6,6 +6,7 @@
 #include <string.h>
 #include <jansson.h>
 #include <xxhash.h>
+#include "optim/state.h"
 
 /* How it ends: ,"xxh3":"0123456789abcdef"} and a line feed. */
 #define TAIL_FORMAT ",\"xxh3\":\"%016" PRIx64 "\"}\n"
@@ -169,7 +170,7 @@ static muonshard_status read_members(const char *where, const json_t *json, mani
     FAIL_IF(json_integer_value(version) != MANIFEST_VERSION, error, MUONSHARD_ERR_UNSUPPORTED,
             "%s: version %lld of the format; this library reads version %d", where,
             (long long)json_integer_value(version), MANIFEST_VERSION);
-    FAIL_IF(!read_count(json_object_get(json, "step"), INT64_MAX, &m->step) ||
+    FAIL_IF(!read_count(json_object_get(json, "step"), STATE_MOST_STEPS, &m->step) ||
                 !read_count(json_object_get(json, "count"), m->step, &m->count) ||
                 !read_count(json_object_get(json, "world_size"), INT32_MAX, &ranks) || ranks == 0,
             error, MUONSHARD_ERR_FORMAT, "%s: step, count or world_size is missing or out of range",

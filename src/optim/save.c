@@ -322,8 +322,10 @@ done:
 }
 
 muonshard_status muonshard_save_test(const muonshard_optimizer *o, int *done) {
-    if (!o || !done)
+    if (!o)
         return MUONSHARD_ERR_ARGUMENT;
+    /* Const is for the optimizer; the text of the last error may change. */
+    FAIL_IF(!done, &((muonshard_optimizer *)o)->error, MUONSHARD_ERR_ARGUMENT, "done is NULL");
     const saver *s = o->saver;
     *done = !s || !s->open || atomic_load_explicit(&s->written, memory_order_acquire);
     return MUONSHARD_OK;
@@ -345,13 +347,14 @@ muonshard_status muonshard_save_wait(muonshard_optimizer *o) {
 /* ---- memory of the caller's ---- */
 
 muonshard_status muonshard_state_size(const muonshard_optimizer *o, size_t *bytes) {
-    if (!o || !bytes)
+    if (!o)
         return MUONSHARD_ERR_ARGUMENT;
-    if (!o->committed)
-        return MUONSHARD_ERR_STATE;
+    error_text *error = &((muonshard_optimizer *)o)->error; /* as above */
+    FAIL_IF(!bytes, error, MUONSHARD_ERR_ARGUMENT, "bytes is NULL");
+    FAIL_IF(!o->committed, error, MUONSHARD_ERR_STATE, "muonshard_commit comes first");
     image made;
     const image_facts facts = {.rank = o->comm->rank, .world_size = o->comm->size};
-    TRY(image_make(o, &facts, &made, NULL));
+    TRY(image_make(o, &facts, &made, error));
     *bytes = made.bytes;
     image_free(&made);
     return MUONSHARD_OK;

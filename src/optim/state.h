@@ -13,6 +13,9 @@
     X(STATE_ADAM_M, "adam_m")     /* fp32 */                                                       \
     X(STATE_ADAM_V, "adam_v")     /* fp32 */
 
+/* Steps a state can be after: numbers of as many digits as names of checkpoints may have. */
+#define STATE_MOST_STEPS ((int64_t)999999999999999999)
+
 typedef enum state_kind {
 #define STATE_ENUM(name, text) name,
     STATE_MAP(STATE_ENUM)
