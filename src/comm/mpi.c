@@ -172,6 +172,16 @@ static void mpi_mark(muonshard_comm *comm, const comm_position *position) {
     positions_mark(transport->board, position);
 }
 
+static void mpi_beat(muonshard_comm *comm) {
+    mpi_transport *transport = comm->impl;
+    positions_beat(transport->board);
+}
+
+static size_t mpi_blame(muonshard_comm *comm, double timeout_s, char *text, size_t size) {
+    mpi_transport *transport = comm->impl;
+    return positions_blame(transport->board, timeout_s, text, size);
+}
+
 static size_t mpi_describe(muonshard_comm *comm, char *text, size_t size) {
     mpi_transport *transport = comm->impl;
     return positions_describe(transport->board, text, size);
@@ -202,6 +212,8 @@ static const comm_ops mpi_ops = {.name = "mpi",
                                  .start = mpi_start,
                                  .test = mpi_test,
                                  .mark = mpi_mark,
+                                 .beat = mpi_beat,
+                                 .blame = mpi_blame,
                                  .describe = mpi_describe,
                                  .destroy = mpi_destroy};
 
