@@ -256,7 +256,7 @@ static muonshard_status set_threads(char *message) {
 }
 
 static bool start_mpi(command *cmd) {
-    deadline_begin("start MPI", deadline_seconds());
+    deadline_begin("start MPI");
     fault_point("start MPI");
     cmd->mpi = MPI_Init(NULL, NULL) == MPI_SUCCESS;
     deadline_end();
@@ -391,7 +391,8 @@ int command_finish(command *cmd, command_args *args, muonshard_status status) {
     muonshard_comm_destroy(cmd->comm);
     command_args_free(args);
     if (cmd->mpi) {
-        deadline_begin("end MPI", deadline_seconds());
+        deadline_begin("end MPI");
+        fault_point("end MPI");
         MPI_Finalize();
         deadline_end();
     }

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +17,7 @@
 #include <unistd.h>
 
 #include "muonshard_mpi.h"
+#include "siblings.h"
 
 enum { ROOM_MS = 1000, END_S = 5 };
 /* Ranks that wait for the same one speak in turn, the first of which ends the job. One that was
@@ -31,8 +33,9 @@ static struct {
     int64_t step;
     int depth;
     double due;     /* of the deadline that runs */
-    char line[512]; /* what the handler says then */
-    size_t length;
+    bool for_ranks; /* others are what it waits for */
+    /* What the handler says: this, or the rank that is stopped and what comes after it. */
+    char line[512], blame[512];
 } own = {.seconds = 300.0, .size = 1, .host = "unknown"};
 
 /* ---- the end ---- */
@@ -43,18 +46,33 @@ static double now_s(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Only what a signal handler may do: the line, where stderr has room for it. */
+#define LINE_START "muonshard: rank "
+enum { MOST_DIGITS = 15 };
+
+static const char *find_line(void) {
+    static char line[sizeof LINE_START + MOST_DIGITS + sizeof own.blame];
+    const char *culprit = own.for_ranks ? siblings_stopped() : NULL;
+    if (!culprit || strlen(culprit) > MOST_DIGITS)
+        return own.line;
+    stpcpy(stpcpy(stpcpy(line, LINE_START), culprit), own.blame);
+    return line;
+}
+
+/* The line, where stderr has room for it. */
 static void speak(void) {
     const struct timespec turn = {own.turn, 250000000};
     struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
+    const char *line = find_line();
+    signal(SIGTERM, SIG_DFL); /* it comes when another rank has spoken */
     nanosleep(&turn, NULL);
-    if (poll(&room, 1, ROOM_MS) > 0 && write(STDERR_FILENO, own.line, own.length) < 0)
+    if (poll(&room, 1, ROOM_MS) == 1 && room.revents == POLLOUT &&
+        write(STDERR_FILENO, line, strlen(line)) < 0)
         return; /* nobody is left to tell */
 }
 
 static volatile sig_atomic_t expired;
 
-/* The second time, the line itself found no end. */
+/* Only what a signal handler may do. The second time, the line itself found no end. */
 static void expire(int signal) {
     (void)signal;
     if (!expired) {
@@ -73,21 +91,28 @@ static void set_timer(double seconds) {
     setitimer(ITIMER_REAL, &timer, NULL);
 }
 
-void deadline_begin(const char *phase, double seconds) {
+static void begin(const char *phase, double seconds, bool for_ranks) {
     if (own.depth++)
         return;
     char step[32] = "";
     if (own.step > 0)
         snprintf(step, sizeof step, "step %lld, ", (long long)own.step);
-    const int length = snprintf(own.line, sizeof own.line,
-                                "muonshard: rank %d of %d (host %s): %s%s: not done within %g s\n",
-                                own.rank, own.size, own.host, step, phase, seconds);
-    own.length = (size_t)length < sizeof own.line ? (size_t)length : sizeof own.line - 1;
+    own.for_ranks = for_ranks;
+    snprintf(own.line, sizeof own.line,
+             LINE_START "%d of %d (host %s): %s%s: not done within %g s\n", own.rank, own.size,
+             own.host, step, phase, seconds);
+    snprintf(own.blame, sizeof own.blame,
+             " of %d (host %s): stopped; rank %d waited %g s for it in %s%s\n", own.size, own.host,
+             own.rank, seconds, step, phase);
     struct sigaction action = {.sa_handler = expire, .sa_flags = SA_NODEFER};
     sigemptyset(&action.sa_mask);
     sigaction(SIGALRM, &action, NULL);
     own.due = now_s() + seconds;
     set_timer(seconds);
+}
+
+void deadline_begin(const char *phase) {
+    begin(phase, own.seconds, true);
 }
 
 void deadline_end(void) {
@@ -168,7 +193,7 @@ static ssize_t write_piece(const sink *to, const char *text, size_t size) {
 /* Less than `size` is an error of the stream. */
 static ssize_t write_out(void *cookie, const char *text, size_t size) {
     size_t written = 0;
-    deadline_begin("write output, which nobody reads", own.seconds / 2.0);
+    begin("write output, which nobody reads", own.seconds / 2.0, false);
     while (written < size) {
         const ssize_t more = write_piece(cookie, text + written, size - written);
         if (more < 0 && errno != EINTR)

@@ -1,6 +1,7 @@
 /* deadline.h - what the command waits for outside of its communicator doesn't wait for ever: the
  * start and the end of MPI, and whoever reads its output. When a deadline is over, SIGALRM writes
- * one line to stderr that says who waited in what, and ends the process with the code of
+ * one line to stderr that says who is stopped (launcher's children, siblings.h) or who waited in
+ * what, and ends the process with the code of
  * ERR_TIMEOUT; the launcher ends the other ranks.
  *
  * The state is the process's, as its signals and its output are. */
@@ -19,9 +20,9 @@ void deadline_set_rank(int rank, int size);
 /* The step that is in the line from now on; 0: none. */
 void deadline_set_step(int64_t step);
 
-/* What lies between these is done within `seconds`, or the process ends. Only the outermost pair
- * counts. */
-void deadline_begin(const char *phase, double seconds);
+/* What lies between these, which other ranks have a part in, is done by the deadline, or the
+ * process ends. Only the outermost pair counts. */
+void deadline_begin(const char *phase);
 void deadline_end(void);
 
 /* From now on writes to stdout and stderr have a deadline, half of the others': the rank that can't

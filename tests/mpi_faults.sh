@@ -88,11 +88,11 @@ stopped() (
     ended 18 "$(points_beside "$1" "$2")" "rank $1 of $2 \(host $host\): $4: no sign of life for [23]\.[0-9] s \(stopped\); rank [0-2] waited $deadline s for it in [a-z]"
 )
 
-# Before there is a communicator nobody knows who is where: the first of those that wait says so.
-stopped_at_start() (
-    enter "rank $1 of $2 stopped before MPI"
-    run "$2" "stop@start MPI:1/$1"
-    ended 18 "$(points_beside "$1" "$2")" "rank $3 of $2 \(host $host\): start MPI: not done within $deadline s$"
+# Where there is no communicator the launcher's children are looked at; of those that wait the first speaks.
+stopped_in_mpi() ( # RANK RANKS POINT SPEAKER
+    enter "rank $1 of $2 stopped at $3"
+    run "$2" "stop@$3:1/$1"
+    ended 18 "passed.$4" "rank $1 of $2 \(host $host\): stopped; rank $4 waited $deadline s for it in (step 6, )?$3$"
 )
 
 # From outside, wherever the rank is.
@@ -171,8 +171,8 @@ go() {
     [ "$(jobs -rp | wc -l)" -lt 2 ] || wait -n
     "$@" >"result.$(printf %02d $number)" 2>&1 &
 }
-go stopped_at_start 1 2 0
-go stopped_at_start 0 3 1
+go stopped_in_mpi 1 2 "start MPI" 0
+go stopped_in_mpi 0 3 "start MPI" 1
 go stopped 0 3 configure:1 configure
 go stopped 1 2 "read text:1" "read text"
 go stopped 0 2 create:1 create
@@ -187,6 +187,7 @@ go stopped 0 2 "forward and backward:3" "after step 2, forward and backward"
 go stopped 2 3 evaluate:1 "after step 1, evaluate"
 go stopped 1 2 report:2 "after step 2, report"
 go stopped 1 2 finish:1 "after step 6, finish"
+go stopped_in_mpi 0 2 "end MPI" 1
 go stopped_from_outside 0 3
 go stopped_from_outside 1 2
 go slow

@@ -275,7 +275,8 @@ static void write_line(const char *message) {
         if (line[i] == '\n' || line[i] == '\r')
             line[i] = ' ';
     line[length - 1] = '\n';
-    if (poll(&room, 1, ROOM_MS) > 0 && write(STDERR_FILENO, line, (size_t)length) < 0)
+    if (poll(&room, 1, ROOM_MS) == 1 && room.revents == POLLOUT &&
+        write(STDERR_FILENO, line, (size_t)length) < 0)
         return; /* nobody is left to tell */
 }
 
