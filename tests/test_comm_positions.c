@@ -39,8 +39,10 @@ static void describe(muonshard_comm *comm, board_test *test,
     threads_barrier(comm);
     test->length[r] = positions_describe(board, test->text[r], TEXT);
     test->cut_length[r] = positions_describe(board, test->cut[r], sizeof test->cut[r]);
-    if (positions_claim(board))
-        atomic_fetch_add(&test->claims, 1);
+    const bool early = positions_claimed(board);
+    threads_barrier(comm);
+    if (positions_claim(board) && !early)
+        atomic_fetch_add(&test->claims, positions_claimed(board));
     threads_barrier(comm);
     positions_close(board);
 }
@@ -192,6 +194,7 @@ static void test_no_board(void **state) {
     positions_mark(NULL, NULL);
     positions_beat(NULL);
     assert_false(positions_gone(NULL));
+    assert_false(positions_claimed(NULL));
     assert_true(positions_claim(NULL));
     positions_close(NULL);
 }

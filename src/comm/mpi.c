@@ -160,6 +160,12 @@ static muonshard_status mpi_test(muonshard_comm *comm, comm_ticket *ticket, bool
     mpi_transport *transport = comm->impl;
     mpi_operation *operation = ticket->impl;
     int flag = 0;
+    /* One that was stopped is woken to be ended: what it waited for may be there, and it must not
+     * go on into an MPI that is coming down. */
+    if (positions_claimed(transport->board))
+        return comm_die(comm, MUONSHARD_ERR_TIMEOUT,
+                        "rank %d of %d (host %s): another rank of this host ends the job",
+                        comm->rank, comm->size, comm->host);
     int code = MPI_Testall(operation->count, operation->requests, &flag, MPI_STATUSES_IGNORE);
     if (code != MPI_SUCCESS)
         return mpi_failed(comm, "test", code);

@@ -389,6 +389,10 @@ bool positions_gone(const mpi_positions *board) {
     return false;
 }
 
+bool positions_claimed(const mpi_positions *board) {
+    return board && atomic_load_explicit(&board->shared->claimed, memory_order_relaxed) != 0;
+}
+
 bool positions_claim(mpi_positions *board) {
     return !board || atomic_exchange(&board->shared->claimed, 1u) == 0;
 }

@@ -29,5 +29,7 @@ size_t positions_describe(const mpi_positions *board, char *text, size_t size);
 bool positions_gone(const mpi_positions *board);
 /* True for the first rank of the node that asks: of several that fail together one speaks. */
 bool positions_claim(mpi_positions *board);
+/* Whether one has. */
+bool positions_claimed(const mpi_positions *board);
 
 #endif
