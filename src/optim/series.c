@@ -99,29 +99,49 @@ static muonshard_status sync_directory(const char *path, error_text *error) {
     return MUONSHARD_OK;
 }
 
-muonshard_status series_new(const char *directory, int64_t step, char **path, error_text *error) {
-    *path = NULL;
-    if (make_directory(directory) == 0) {
-        char *parent = whole_file_directory(directory);
-        const muonshard_status status =
-            parent ? sync_directory(parent, error) : MUONSHARD_ERR_MEMORY;
-        free(parent);
-        TRY(status);
-    } else {
+/* The number after the highest there is of this step: a lower one would be taken for older. */
+static muonshard_status next_number(const char *directory, int64_t step, int64_t *number,
+                                    error_text *error) {
+    series_entry *entries;
+    size_t count, i = 0;
+    TRY(series_list(directory, &entries, &count, error));
+    while (i < count && entries[i].step != step)
+        i++;
+    *number = i < count ? entries[i].number + 1 : 1;
+    free(entries);
+    return MUONSHARD_OK;
+}
+
+static muonshard_status make_series(const char *directory, error_text *error) {
+    if (make_directory(directory) != 0) {
         FAIL_IF(errno != EEXIST, error, MUONSHARD_ERR_IO, "%s: cannot be made: %s", directory,
                 strerror(errno));
+        return MUONSHARD_OK;
     }
-    char name[64];
-    snprintf(name, sizeof name, "step-%08" PRId64, step);
-    for (int number = 2;; number++) {
+    char *parent = series_path(directory, "..");
+    FAIL_IF(!parent, error, MUONSHARD_ERR_MEMORY, "out of memory");
+    const muonshard_status status = sync_directory(parent, error);
+    free(parent);
+    return status;
+}
+
+muonshard_status series_new(const char *directory, int64_t step, char **path, error_text *error) {
+    int64_t number;
+    *path = NULL;
+    TRY(make_series(directory, error));
+    TRY(next_number(directory, step, &number, error));
+    for (;; number++) {
+        char name[64], after[24] = "";
+        if (number > 1)
+            snprintf(after, sizeof after, "-%" PRId64, number);
+        snprintf(name, sizeof name, "step-%08" PRId64 "%s", step, after);
         free(*path);
         *path = series_path(directory, name);
         FAIL_IF(!*path, error, MUONSHARD_ERR_MEMORY, "out of memory");
         if (make_directory(*path) == 0)
             return sync_directory(directory, error);
-        FAIL_IF(errno != EEXIST || number == INT32_MAX, error, MUONSHARD_ERR_IO,
-                "%s: cannot be made: %s", *path, strerror(errno));
-        snprintf(name, sizeof name, "step-%08" PRId64 "-%d", step, number);
+        FAIL_IF(errno != EEXIST, error, MUONSHARD_ERR_IO, "%s: cannot be made: %s", *path,
+                strerror(errno));
     }
 }
 
