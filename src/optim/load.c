@@ -302,12 +302,13 @@ muonshard_status muonshard_load(muonshard_optimizer *o, const char *directory,
     if (status == MUONSHARD_OK && (!directory || !*directory))
         status = fail(&o->error, MUONSHARD_ERR_ARGUMENT, "load: directory is %s",
                       directory ? "empty" : "NULL");
-    if (status == MUONSHARD_OK && o->comm->rank == 0)
-        status = find_candidates(&c, directory, &o->error);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
-    TRY_GOTO(muonshard_save_wait(o), done);
+    TRY_GOTO(muonshard_save_wait(o), done); /* what it completes and removes comes before we look */
     TRY_GOTO(checkpoint_settle(o), done);
     checkpoint_enter(o, "load");
+    if (o->comm->rank == 0)
+        status = find_candidates(&c, directory, &o->error);
+    TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     TRY_GOTO(load_newest(o, &c, &own, &facts), done);
     if (facts.step < 0 && !own.optional)
         TRY_GOTO(fail(&o->error, MUONSHARD_ERR_IO, "%s: no complete checkpoint in it", directory),
