@@ -267,10 +267,14 @@ static muonshard_status load_newest(muonshard_optimizer *o, candidates *c,
     }
 }
 
+/* The result too: once the state is replaced it is too late to find that it can't be given. */
 static muonshard_status check_load(muonshard_optimizer *o, const muonshard_load_args *args,
-                                   muonshard_load_args *own) {
+                                   muonshard_load_args *own, const muonshard_load_result *result) {
+    muonshard_load_result unused = MUONSHARD_LOAD_RESULT_INIT;
     if (args)
         TRY(take_struct(&o->error, own, sizeof *own, args, "load arguments"));
+    if (result)
+        TRY(take_struct(&o->error, &unused, sizeof unused, result, "load result"));
     FAIL_IF(o->open, &o->error, MUONSHARD_ERR_STATE, "load: step %lld is not finished",
             (long long)o->step);
     return MUONSHARD_OK;
@@ -298,7 +302,7 @@ muonshard_status muonshard_load(muonshard_optimizer *o, const char *directory,
     candidates c = {.entries = NULL};
     image_facts facts;
     const double outside = checkpoint_enter(o, "load");
-    muonshard_status status = check_load(o, args, &own);
+    muonshard_status status = check_load(o, args, &own, result);
     if (status == MUONSHARD_OK && (!directory || !*directory))
         status = fail(&o->error, MUONSHARD_ERR_ARGUMENT, "load: directory is %s",
                       directory ? "empty" : "NULL");
@@ -343,7 +347,7 @@ muonshard_status muonshard_load_memory(muonshard_optimizer *o, const void *const
     image_facts facts = {.step = -1};
     const double outside = checkpoint_enter(o, "load");
     image_source *sources = calloc(count ? count : 1, sizeof *sources);
-    muonshard_status status = check_load(o, args, &own);
+    muonshard_status status = check_load(o, args, &own, result);
     if (status == MUONSHARD_OK)
         status = check_memory(o, images, bytes, count, sources);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
