@@ -81,6 +81,12 @@ static muonshard_status start_writer(saver *s) {
     return MUONSHARD_OK;
 }
 
+static void join_writer(saver *s) {
+    if (s->threaded)
+        pthread_join(s->thread, NULL);
+    s->threaded = false;
+}
+
 /* By the deadline the thread may hang in the file system: it keeps what it has. */
 static muonshard_status wait_writer(muonshard_optimizer *o, saver *s) {
     const double begin = now_s(), deadline = o->settings->save_timeout_s;
@@ -91,9 +97,7 @@ static muonshard_status wait_writer(muonshard_optimizer *o, saver *s) {
                 s->file, deadline);
         comm_back_off(waited);
     }
-    if (s->threaded)
-        pthread_join(s->thread, NULL);
-    s->threaded = false;
+    join_writer(s);
     FAIL_IF(s->status, &o->error, s->status, "%s", s->error.text);
     return MUONSHARD_OK;
 }
@@ -162,7 +166,7 @@ void saver_free(muonshard_optimizer *o) {
             pthread_detach(s->thread);
             return;
         }
-        pthread_join(s->thread, NULL);
+        join_writer(s);
     }
     free_staging(o, s);
     forget(s);
@@ -198,6 +202,14 @@ static muonshard_status agree_on_path(muonshard_optimizer *o, saver *s) {
     return comm_agree(o->comm, s->file ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, &o->error);
 }
 
+/* Whatever a save that timed out came to later: its memory can be used again. */
+static void take_back(saver *s) {
+    if (!s->threaded || s->open || !atomic_load_explicit(&s->written, memory_order_acquire))
+        return;
+    join_writer(s);
+    forget(s);
+}
+
 static muonshard_status check_save(muonshard_optimizer *o, const char *directory,
                                    const muonshard_save_args *args) {
     FAIL_IF(!directory || !*directory, &o->error, MUONSHARD_ERR_ARGUMENT, "save: directory is %s",
@@ -213,11 +225,14 @@ static muonshard_status check_save(muonshard_optimizer *o, const char *directory
         o->saver = calloc(1, sizeof *o->saver);
         FAIL_IF(!o->saver, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");
     }
+    take_back(o->saver);
     FAIL_IF(o->saver->threaded && !o->saver->open, &o->error, MUONSHARD_ERR_STATE,
-            "save: an earlier one is still being written");
+            "save: %s, of one that timed out, is still being written", o->saver->file);
     return MUONSHARD_OK;
 }
 
+/* A thread writes even where it is waited for at once: what hangs in a file system can't look at a
+ * clock. */
 static muonshard_status begin_save(muonshard_optimizer *o, const char *directory,
                                    const muonshard_save_args *args) {
     saver *s = o->saver;
@@ -230,7 +245,7 @@ static muonshard_status begin_save(muonshard_optimizer *o, const char *directory
     atomic_store(&s->written, false);
     s->status = MUONSHARD_OK;
     s->open = true;
-    if (!args->defer || start_writer(s) != MUONSHARD_OK)
+    if (start_writer(s) != MUONSHARD_OK)
         run_writer(s);
     return MUONSHARD_OK;
 }
@@ -299,9 +314,20 @@ static muonshard_status complete(muonshard_optimizer *o, const saver *s, manifes
     return MUONSHARD_OK;
 }
 
+/* Ranks that have written wait for those whose file is late, until those have given up and said so:
+ * one slow file is an error of all, and no rank's end. */
+static muonshard_status agree_on_files(muonshard_optimizer *o, saver *s) {
+    const double deadline = o->comm->options.timeout_s;
+    const muonshard_status own = wait_writer(o, s);
+    o->comm->options.timeout_s = o->settings->save_timeout_s + o->settings->timeout_s;
+    const muonshard_status status = comm_agree(o->comm, own, &o->error);
+    o->comm->options.timeout_s = deadline;
+    return status;
+}
+
 static muonshard_status end_save(muonshard_optimizer *o, saver *s) {
     fault_point("save end");
-    TRY(comm_agree(o->comm, wait_writer(o, s), &o->error));
+    TRY(agree_on_files(o, s));
     manifest m = {.step = s->facts.step,
                   .count = s->facts.count,
                   .world_size = o->comm->size,
