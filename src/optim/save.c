@@ -250,6 +250,14 @@ static muonshard_status begin_save(muonshard_optimizer *o, const char *directory
     return MUONSHARD_OK;
 }
 
+/* What there is of a save that failed would only fill the disk. All ranks know that it did, or else
+ * it may be complete. */
+static void discard(muonshard_optimizer *o, const saver *s) {
+    error_text why;
+    if (o->comm->rank == 0 && !o->comm->dead && s->path && series_remove(s->path, &why))
+        comm_log(o->comm, MUONSHARD_LOG_WARNING, "%s", why.text);
+}
+
 muonshard_status muonshard_save(muonshard_optimizer *o, const char *directory,
                                 const muonshard_save_args *args) {
     TRY(optimizer_check(o));
@@ -265,10 +273,12 @@ muonshard_status muonshard_save(muonshard_optimizer *o, const char *directory,
     TRY_GOTO(checkpoint_settle(o), done);
     checkpoint_enter(o, "save");
     status = begin_save(o, directory, &own);
-    if (status)
+    if (status) {
+        discard(o, o->saver);
         forget(o->saver);
-    else if (!own.defer)
+    } else if (!own.defer) {
         status = muonshard_save_wait(o);
+    }
 done:
     checkpoint_leave(o, outside);
     return status;
@@ -361,6 +371,8 @@ muonshard_status muonshard_save_wait(muonshard_optimizer *o) {
         return MUONSHARD_OK;
     const double outside = checkpoint_enter(o, "save");
     const muonshard_status status = end_save(o, o->saver);
+    if (status)
+        discard(o, o->saver);
     if (!o->saver->threaded) /* else the file's name is the thread's still */
         forget(o->saver);
     o->saver->open = false;

@@ -254,7 +254,7 @@ static int remove_files(int fd) {
     return failed;
 }
 
-static muonshard_status remove_checkpoint(const char *path, error_text *error) {
+muonshard_status series_remove(const char *path, error_text *error) {
     const int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     int failed = fd < 0 ? -1 : remove_files(fd);
     if (failed == 0) {
@@ -290,7 +290,7 @@ muonshard_status series_prune(const char *directory, const char *checkpoint, int
         const bool kept = entries[i].step != newest.step && (keep == 0 || complete < keep) &&
                           series_check(path, &why) == MUONSHARD_OK;
         complete += kept;
-        if (!kept && remove_checkpoint(path, &why))
+        if (!kept && series_remove(path, &why))
             status = fail(error, MUONSHARD_ERR_IO, "%s", why.text);
         free(path);
     }

@@ -29,6 +29,8 @@ muonshard_status series_check(const char *checkpoint, error_text *error);
  * of ours are removed. What can't be is left, and named. */
 muonshard_status series_prune(const char *directory, const char *checkpoint, int keep,
                               error_text *error);
+/* The checkpoint, or what there is of it. Only files of ours are removed. ERR_IO. */
+muonshard_status series_remove(const char *checkpoint, error_text *error);
 
 /* The file of a rank: [SERIES_FILE]. */
 #define SERIES_FILE 32
