@@ -226,10 +226,23 @@ muonshard_status series_check(const char *checkpoint, error_text *error) {
 
 /* ---- removing ---- */
 
+/* The end of a temporary's name: .PROCESS-ATTEMPT.tmp. Or nothing. */
+static bool is_end(const char *text) {
+    int64_t number;
+    if (!*text)
+        return true;
+    text = *text == '.' ? read_digits(text + 1, &number) : NULL;
+    text = text && *text == '-' ? read_digits(text + 1, &number) : NULL;
+    return text && strcmp(text, ".tmp") == 0;
+}
+
 static bool is_ours(const char *name) {
-    const size_t digits = strncmp(name, "rank-", 5) == 0 ? strspn(name + 5, "0123456789") : 0;
-    return (digits && strncmp(name + 5 + digits, ".safetensors", 12) == 0) ||
-           strncmp(name, MANIFEST_NAME, strlen(MANIFEST_NAME)) == 0;
+    static const char file[] = ".safetensors";
+    int64_t rank;
+    if (strncmp(name, MANIFEST_NAME, sizeof MANIFEST_NAME - 1) == 0)
+        return is_end(name + sizeof MANIFEST_NAME - 1);
+    name = strncmp(name, "rank-", 5) == 0 ? read_digits(name + 5, &rank) : NULL;
+    return name && strncmp(name, file, sizeof file - 1) == 0 && is_end(name + sizeof file - 1);
 }
 
 /* The manifest first: what is half removed is no checkpoint. */
@@ -269,6 +282,24 @@ muonshard_status series_remove(const char *path, error_text *error) {
     return MUONSHARD_OK;
 }
 
+/* Without a manifest it never was a checkpoint. What has one goes only once `keep` newer ones are
+ * complete, however damaged it is; and never what another version of the format may be able to
+ * read. *complete counts. */
+static bool is_kept(const char *checkpoint, int keep, int *complete) {
+    error_text why;
+    char *manifest_path = series_path(checkpoint, MANIFEST_NAME);
+    const bool has_none = manifest_path && access(manifest_path, F_OK) != 0 && errno == ENOENT;
+    free(manifest_path);
+    if (has_none)
+        return false;
+    const muonshard_status status = series_check(checkpoint, &why);
+    if (status == MUONSHARD_ERR_UNSUPPORTED)
+        return true;
+    const bool kept = keep == 0 || *complete < keep;
+    *complete += status == MUONSHARD_OK;
+    return kept;
+}
+
 muonshard_status series_prune(const char *directory, const char *checkpoint, int keep,
                               error_text *error) {
     series_entry *entries, newest;
@@ -287,11 +318,10 @@ muonshard_status series_prune(const char *directory, const char *checkpoint, int
             status = fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
             break;
         }
-        const bool kept = entries[i].step != newest.step && (keep == 0 || complete < keep) &&
-                          series_check(path, &why) == MUONSHARD_OK;
-        complete += kept;
-        if (!kept && series_remove(path, &why))
-            status = fail(error, MUONSHARD_ERR_IO, "%s", why.text);
+        if (entries[i].step == newest.step || !is_kept(path, keep, &complete)) {
+            if (series_remove(path, &why))
+                status = fail(error, MUONSHARD_ERR_IO, "%s", why.text);
+        }
         free(path);
     }
     free(entries);

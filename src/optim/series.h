@@ -24,9 +24,9 @@ muonshard_status series_read_manifest(const char *checkpoint, char **text, size_
                                       error_text *error);
 /* The manifest is sound, and every file has its size. ERR_IO, ERR_FORMAT, ERR_UNSUPPORTED. */
 muonshard_status series_check(const char *checkpoint, error_text *error);
-/* After `checkpoint`, of `directory`, has become complete: what is older goes, but for the newest
- * `keep` that are complete, it included (0: all of them); and what is of the same step. Only files
- * of ours are removed. What can't be is left, and named. */
+/* After `checkpoint`, of `directory`, has become complete: what is older goes, where it has no
+ * manifest, or is older than the newest `keep` that are complete, it included (0: all of them); and
+ * what is of the same step. Only files of ours are removed. What can't be is left, and named. */
 muonshard_status series_prune(const char *directory, const char *checkpoint, int keep,
                               error_text *error);
 /* The checkpoint, or what there is of it. Only files of ours are removed. ERR_IO. */
