@@ -39,10 +39,23 @@ static muonshard_status replace(muonshard_optimizer *o, const image_set *set,
     return step_give_back(o, o->stream);
 }
 
-static muonshard_status check_images(muonshard_optimizer *o, const image_source *sources,
-                                     size_t count, const muonshard_load_args *args, image_set **set,
+/* What a manifest says of its files, and what they say of themselves. `m` may be NULL. */
+static muonshard_status check_manifest(const manifest *m, const image_facts *facts,
+                                       error_text *error) {
+    FAIL_IF(m && (m->step != facts->step || m->count != facts->count ||
+                  m->world_size != facts->world_size),
+            error, MUONSHARD_ERR_FORMAT,
+            "the manifest is of step %" PRId64 " of %d ranks, files of step %" PRId64 " of %d",
+            m->step, m->world_size, facts->step, facts->world_size);
+    return MUONSHARD_OK;
+}
+
+static muonshard_status check_images(muonshard_optimizer *o, const manifest *m,
+                                     const image_source *sources, size_t count,
+                                     const muonshard_load_args *args, image_set **set,
                                      state_list *wanted) {
     TRY(image_set_open(&o->registry, sources, count, set, &o->error));
+    TRY(check_manifest(m, image_set_facts(*set), &o->error));
     TRY(state_wanted(o, !args->keep_params, wanted, &o->error));
     return image_set_check(*set, &o->registry, wanted, args->init_master != 0, &o->error);
 }
@@ -65,13 +78,15 @@ static void take_step(muonshard_optimizer *o, const image_facts *facts) {
     memset(o->results, 0, sizeof o->results);
 }
 
-/* Collective. `local`: an error found before, which becomes everybody's. */
+/* Collective. `local`: an error found before, which becomes everybody's. `m`: NULL for images in
+ * memory. */
 static muonshard_status load_images(muonshard_optimizer *o, muonshard_status local,
-                                    const image_source *sources, size_t count,
+                                    const manifest *m, const image_source *sources, size_t count,
                                     const muonshard_load_args *args, image_facts *facts) {
     image_set *set = NULL;
     state_list wanted = {NULL, 0};
-    muonshard_status status = local ? local : check_images(o, sources, count, args, &set, &wanted);
+    muonshard_status status =
+        local ? local : check_images(o, m, sources, count, args, &set, &wanted);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     *facts = *image_set_facts(set);
     TRY_GOTO(compare_facts(o, facts), done);
@@ -188,7 +203,7 @@ static muonshard_status load_checkpoint(muonshard_optimizer *o, const char *path
     else
         status = open_files(o, path, &m, directory, files, &o->error);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
-    status = load_images(o, keep_result(o, path, &m), files, (size_t)m.world_size, args, facts);
+    status = load_images(o, keep_result(o, path, &m), &m, files, (size_t)m.world_size, args, facts);
 done:
     free(files);
     if (directory >= 0)
@@ -354,7 +369,7 @@ muonshard_status muonshard_load_memory(muonshard_optimizer *o, const void *const
     TRY_GOTO(muonshard_save_wait(o), done);
     TRY_GOTO(checkpoint_settle(o), done);
     checkpoint_enter(o, "load");
-    TRY_GOTO(load_images(o, keep_result(o, "", NULL), sources, count, &own, &facts), done);
+    TRY_GOTO(load_images(o, keep_result(o, "", NULL), NULL, sources, count, &own, &facts), done);
     status = give_result(o, &facts, result);
 done:
     free(sources);

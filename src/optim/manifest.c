@@ -169,7 +169,7 @@ static muonshard_status read_members(const char *where, const json_t *json, mani
     FAIL_IF(json_integer_value(version) != MANIFEST_VERSION, error, MUONSHARD_ERR_UNSUPPORTED,
             "%s: version %lld of the format; this library reads version %d", where,
             (long long)json_integer_value(version), MANIFEST_VERSION);
-    FAIL_IF(!read_count(json_object_get(json, "step"), INT64_MAX, &m->step) ||
+    FAIL_IF(!read_count(json_object_get(json, "step"), STEP_MOST, &m->step) ||
                 !read_count(json_object_get(json, "count"), m->step, &m->count) ||
                 !read_count(json_object_get(json, "world_size"), INT32_MAX, &ranks) || ranks == 0,
             error, MUONSHARD_ERR_FORMAT, "%s: step, count or world_size is missing or out of range",

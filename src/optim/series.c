@@ -296,7 +296,7 @@ static bool is_kept(const char *checkpoint, int keep, int *complete) {
     if (status == MUONSHARD_ERR_UNSUPPORTED)
         return true;
     const bool kept = keep == 0 || *complete < keep;
-    *complete += status == MUONSHARD_OK;
+    *complete += kept && status == MUONSHARD_OK;
     return kept;
 }
 
@@ -318,10 +318,9 @@ muonshard_status series_prune(const char *directory, const char *checkpoint, int
             status = fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
             break;
         }
-        if (entries[i].step == newest.step || !is_kept(path, keep, &complete)) {
-            if (series_remove(path, &why))
-                status = fail(error, MUONSHARD_ERR_IO, "%s", why.text);
-        }
+        const int most = entries[i].step == newest.step ? 1 : keep;
+        if (!is_kept(path, most, &complete) && series_remove(path, &why))
+            status = fail(error, MUONSHARD_ERR_IO, "%s", why.text);
         free(path);
     }
     free(entries);
