@@ -86,11 +86,15 @@ muonshard_status manifest_write(const manifest *m, char **text, size_t *length, 
                        json_array_size(json_object_get(json, "files")) == (size_t)m->world_size;
     json_decref(json);
     const size_t size = body ? strlen(body) : 0;
-    *text = whole ? malloc(size + TAIL + 1) : NULL;
+    const bool fits = size <= MANIFEST_MOST - TAIL;
+    *text = whole && fits ? malloc(size + TAIL + 1) : NULL;
     if (!*text) {
         free(body);
+        FAIL_IF(!fits, error, MUONSHARD_ERR_ARGUMENT, MANIFEST_NAME ": %zu bytes are too many",
+                size);
         return fail(error, MUONSHARD_ERR_ARGUMENT,
-                    MANIFEST_NAME ": a name or `user` is not UTF-8, or memory is out");
+                    MANIFEST_NAME ": a name, `user` or the configuration is not UTF-8, or memory "
+                                  "is out");
     }
     /* The last brace, and the line feed before it, make room for the checksum. */
     const size_t kept = size - 2;
