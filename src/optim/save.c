@@ -199,7 +199,9 @@ static muonshard_status agree_on_path(muonshard_optimizer *o, saver *s) {
     if (o->comm->rank != 0)
         s->path = series_path(s->directory, name);
     s->file = s->path ? series_path(s->path, file) : NULL;
-    return comm_agree(o->comm, s->file ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, &o->error);
+    if (!s->file)
+        status = fail(&o->error, MUONSHARD_ERR_MEMORY, "out of memory");
+    return comm_agree(o->comm, status, &o->error);
 }
 
 /* Whatever a save that timed out came to later: its memory can be used again. */
@@ -343,7 +345,8 @@ static muonshard_status end_save(muonshard_optimizer *o, saver *s) {
                   .world_size = o->comm->size,
                   .files = calloc((size_t)o->comm->size, sizeof *m.files)};
     const manifest_file own = {s->bytes, s->hash};
-    muonshard_status status = m.files ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY;
+    muonshard_status status =
+        m.files ? MUONSHARD_OK : fail(&o->error, MUONSHARD_ERR_MEMORY, "out of memory");
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     status = comm_allgather(o->comm, &own, m.files, sizeof own);
     if (status)
