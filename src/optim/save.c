@@ -310,9 +310,10 @@ done:
     return status;
 }
 
-/* Rank 0, once the files of all ranks are there. What can't be removed is no failure of the save.
- */
+/* Rank 0, once all ranks have written: what it doesn't see, in a directory that is every host's
+ * own, is no part of a checkpoint. What can't be removed is no failure of the save. */
 static muonshard_status complete(muonshard_optimizer *o, const saver *s, manifest *m) {
+    TRY(series_check_files(s->path, m, &o->error));
     const size_t size = muonshard_config_dump(o->config, NULL, 0) + 1;
     char *config = malloc(size);
     FAIL_IF(!config, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");

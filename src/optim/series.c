@@ -195,7 +195,7 @@ muonshard_status series_read_manifest(const char *checkpoint, char **text, size_
     return status;
 }
 
-static muonshard_status check_sizes(const char *checkpoint, const manifest *m, error_text *error) {
+muonshard_status series_check_files(const char *checkpoint, const manifest *m, error_text *error) {
     for (int r = 0; r < m->world_size; r++) {
         char name[SERIES_FILE];
         struct stat info;
@@ -216,10 +216,13 @@ muonshard_status series_check(const char *checkpoint, error_text *error) {
     size_t length;
     manifest m;
     TRY(series_read_manifest(checkpoint, &text, &length, error));
-    muonshard_status status = manifest_read(checkpoint, text, length, &m, error);
+    char *where = series_path(checkpoint, MANIFEST_NAME);
+    muonshard_status status = where ? manifest_read(where, text, length, &m, error)
+                                    : fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
+    free(where);
     free(text);
     TRY(status);
-    status = check_sizes(checkpoint, &m, error);
+    status = series_check_files(checkpoint, &m, error);
     manifest_free(&m);
     return status;
 }

@@ -22,6 +22,8 @@ muonshard_status series_new(const char *directory, int64_t step, char **path, er
 /* The text of the manifest in `checkpoint`; own [*length]. ERR_IO: none, or unreadable. */
 muonshard_status series_read_manifest(const char *checkpoint, char **text, size_t *length,
                                       error_text *error);
+/* Every file of the manifest has its size. ERR_IO, ERR_FORMAT. */
+muonshard_status series_check_files(const char *checkpoint, const manifest *m, error_text *error);
 /* The manifest is sound, and every file has its size. ERR_IO, ERR_FORMAT, ERR_UNSUPPORTED. */
 muonshard_status series_check(const char *checkpoint, error_text *error);
 /* After `checkpoint`, of `directory`, has become complete: what is older goes, where it has no
