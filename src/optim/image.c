@@ -350,7 +350,8 @@ muonshard_status image_set_open(const registry *r, const image_source *sources, 
     qsort(by_name, r->tensor_count, sizeof *by_name, compare_names);
     for (size_t i = 0; i < count; i++)
         TRY_GOTO(open_source(set, i, r, by_name, error), done);
-    qsort(set->parts, set->part_count, sizeof *set->parts, compare_parts);
+    if (set->part_count)
+        qsort(set->parts, set->part_count, sizeof *set->parts, compare_parts);
     *out = set;
     set = NULL;
 done:

@@ -48,7 +48,8 @@ muonshard_status state_wanted(const muonshard_optimizer *o, bool params, state_l
                               error_text *error);
 void state_free(state_list *list);
 
-/* What has to be the same in a checkpoint and here: name, role, form, dtype and shape of all. */
+/* What has to be the same in a checkpoint and here: name, role, dtype and shape of all. Matrices
+ * may be made of them in another way: momentum has an element for each of the parameter. */
 uint64_t state_tensors_hash(const registry *r);
 
 #endif
