@@ -272,7 +272,9 @@ static muonshard_status share_candidate(muonshard_optimizer *o, candidates *c, c
     return MUONSHARD_OK;
 }
 
-/* Newest first, past those that are damaged. *facts of step -1: there is none. Collective. */
+/* Newest first, past those that are damaged; what there is to try is known to rank 0 alone, so that
+ * it is asked for the next even where there was one only. *facts of step -1: there is none.
+ * Collective. */
 static muonshard_status load_newest(muonshard_optimizer *o, candidates *c,
                                     const muonshard_load_args *args, image_facts *facts) {
     char path[PATH_ROOM] = "";
@@ -283,11 +285,11 @@ static muonshard_status load_newest(muonshard_optimizer *o, candidates *c,
         if (!path[0])
             return found;
         found = load_checkpoint(o, path, args, facts);
-        if (found == MUONSHARD_OK || o->dead || o->comm->dead || c->itself ||
+        if (found == MUONSHARD_OK || o->dead || o->comm->dead ||
             (found != MUONSHARD_ERR_FORMAT && found != MUONSHARD_ERR_IO))
             return found;
         facts->step = -1;
-        if (o->comm->rank == 0)
+        if (o->comm->rank == 0 && !c->itself)
             comm_log(o->comm, MUONSHARD_LOG_WARNING, "passed over: %s", o->error.text);
     }
 }
