@@ -321,6 +321,16 @@ done:
     return status;
 }
 
+/* What a failed save has written would fill a disk, save by save. In a file system that hangs
+ * nothing more is tried. */
+static void discard(muonshard_optimizer *o, const saver *s, muonshard_status status) {
+    error_text why;
+    if (o->comm->rank != 0 || o->comm->dead || status == MUONSHARD_ERR_TIMEOUT)
+        return;
+    if (series_remove(s->path, &why))
+        comm_log(o->comm, MUONSHARD_LOG_WARNING, "%s", why.text);
+}
+
 muonshard_status muonshard_save_test(const muonshard_optimizer *o, int *done) {
     if (!o || !done)
         return MUONSHARD_ERR_ARGUMENT;
@@ -335,6 +345,8 @@ muonshard_status muonshard_save_wait(muonshard_optimizer *o) {
         return MUONSHARD_OK;
     const double outside = checkpoint_enter(o, "save");
     const muonshard_status status = end_save(o, o->saver);
+    if (status)
+        discard(o, o->saver, status);
     if (!o->saver->threaded) /* else the file's name is the thread's still */
         forget(o->saver);
     o->saver->open = false;

@@ -117,8 +117,12 @@ muonshard_status series_new(const char *directory, int64_t step, char **path, er
         free(*path);
         *path = series_path(directory, name);
         FAIL_IF(!*path, error, MUONSHARD_ERR_MEMORY, "out of memory");
-        if (make_directory(*path) == 0)
-            return sync_directory(directory, error);
+        if (make_directory(*path) == 0) {
+            const muonshard_status status = sync_directory(directory, error);
+            if (status)
+                rmdir(*path);
+            return status;
+        }
         FAIL_IF(errno != EEXIST || number == INT32_MAX, error, MUONSHARD_ERR_IO,
                 "%s: cannot be made: %s", *path, strerror(errno));
         snprintf(name, sizeof name, "step-%08" PRId64 "-%d", step, number);
@@ -234,7 +238,7 @@ static int remove_files(int fd) {
     return failed;
 }
 
-static muonshard_status remove_checkpoint(const char *path, error_text *error) {
+muonshard_status series_remove(const char *path, error_text *error) {
     const int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     int failed = fd < 0 ? -1 : remove_files(fd);
     if (failed == 0) {
@@ -270,7 +274,7 @@ muonshard_status series_prune(const char *directory, const char *checkpoint, int
         const bool kept = entries[i].step != newest.step && (keep == 0 || complete < keep) &&
                           series_check(path, &why) == MUONSHARD_OK;
         complete += kept;
-        if (!kept && remove_checkpoint(path, &why))
+        if (!kept && series_remove(path, &why))
             status = fail(error, MUONSHARD_ERR_IO, "%s", why.text);
         free(path);
     }

@@ -24,6 +24,8 @@ muonshard_status series_read_manifest(const char *checkpoint, char **text, size_
                                       error_text *error);
 /* The manifest is sound, and every file has its size. ERR_IO, ERR_FORMAT, ERR_UNSUPPORTED. */
 muonshard_status series_check(const char *checkpoint, error_text *error);
+/* Removes a checkpoint, or what there is of it: files of ours, and the directory. ERR_IO. */
+muonshard_status series_remove(const char *checkpoint, error_text *error);
 /* After `checkpoint`, of `directory`, has become complete: what is older goes, but for the newest
  * `keep` that are complete, it included (0: all of them); and what is of the same step. Only files
  * of ours are removed. What can't be is left, and named. */
