@@ -110,7 +110,9 @@ sweep_of() { # RANKS WHO POINTS
           split("1 " int((times + 1) / 2) " " times, at, " ")
           for (i = 1; i <= 3; i++) if (!(at[i] in done)) { done[at[i]]; print n, who, at[i], $0 } }' "$3"
 }
-shuffle() { awk -v seed=$RANDOM 'BEGIN { srand(seed) } { print rand() "\t" $0 }' | sort -n | cut -f 2-; }
+# RANDOM follows the seed in this shell only, not in those of pipes and substitutions.
+order=$RANDOM
+shuffle() { awk -v seed="$order" 'BEGIN { srand(seed) } { print rand() "\t" $0 }' | sort -n | cut -f 2-; }
 {
     sweep_of 1 0 points.1.0
     for n in 2 3; do
@@ -193,18 +195,17 @@ note_kill() { # POINT
 
 # kill_any_moment RANKS: from outside, one rank or all of them, whatever they do. False: ended before.
 kill_any_moment() {
-    local n=$1 job pids victim code
+    local n=$1 job victims code
     name="kill $((kills + 1)), $n ranks, any moment"
     before
     (start "$n" "" --resume auto) &
     job=$!
     sleep "0.$(printf %03d $((RANDOM % 600 + 50)))"
-    pids=$job
-    [ "$n" = 1 ] || pids=$(pgrep -P $job)
-    victim=$(echo "$pids" | shuf -n 1 --random-source=<(yes $RANDOM))
-    [ $((RANDOM % 2)) = 0 ] && pids=$victim
+    victims=("$job")
+    [ "$n" = 1 ] || mapfile -t victims <<<"$(pgrep -P $job)"
+    [ $((RANDOM % 2)) = 0 ] && victims=("${victims[RANDOM % ${#victims[@]}]}")
     # shellcheck disable=SC2086 # numbers, and none where the run has ended or has not begun
-    kill -KILL $pids 2>/dev/null
+    kill -KILL ${victims[*]} 2>/dev/null
     wait $job 2>/dev/null
     code=$?
     check_kept "$name"
@@ -212,18 +213,17 @@ kill_any_moment() {
     note_kill "any moment"
 }
 
-another() { echo $((RANDOM % 3 + 1)); } # a number of ranks
-
-# A point that such a run passes, most often in its first half.
-random_fault() { # RANKS: line RANKS WHO TIME POINT
-    local who=$((RANDOM % ($1 < 2 ? 1 : 2))) times point
-    if [ $((RANDOM % 3)) = 0 ]; then
-        [ $((RANDOM % 2)) = 0 ] && echo "$1 $who 1 load" || echo "$1 $who 1 load replace"
-        return
-    fi
-    read -r times point <<<"$(sed -n "$((RANDOM % $(wc -l <"points.$1.$who") + 1))p" "points.$1.$who")"
+# Sets who, time and point: what such a run passes, most often in its first half.
+random_fault() { # RANKS
+    local times points loads=("load" "load replace")
+    who=$((RANDOM % ($1 < 2 ? 1 : 2)))
+    time=1
+    point=${loads[RANDOM % 2]}
+    [ $((RANDOM % 3)) = 0 ] && return
+    mapfile -t points <"points.$1.$who"
+    read -r times point <<<"${points[RANDOM % ${#points[@]}]}"
+    time=$((RANDOM % (times / 2 + 1) + 1))
     [ "$1" != 1 ] && [ $((RANDOM % 3)) = 0 ] && who=all
-    echo "$1 $who $((RANDOM % (times / 2 + 1) + 1)) $point"
 }
 
 # From nothing, killed as the plan says; then up to two kills of the runs that go on; then to the end. Half of the chains have
@@ -232,7 +232,7 @@ chain() { # RANKS WHO TIME POINT
     local n=$1 same=$((RANDOM % 2)) more=$((RANDOM % 3)) ranks
     chains=$((chains + 1))
     rm -rf saved log.jsonl
-    async=$([ $((RANDOM % 2)) = 0 ] && echo true || echo false)
+    ((RANDOM % 2)) && async=true || async=false
     if ! kill_at "$@"; then
         failed "$name" "was not killed"
         return
@@ -240,16 +240,16 @@ chain() { # RANKS WHO TIME POINT
     ranks=$n
     while [ $more -gt 0 ]; do
         more=$((more - 1))
-        [ $same = 1 ] || n=$(another)
+        [ $same = 1 ] || n=$((RANDOM % 3 + 1))
         [ "$n" = "$ranks" ] || ranks=0
         if [ $((RANDOM % 4)) = 0 ]; then
             kill_any_moment "$n"
         else
-            read -r _ who time point <<<"$(random_fault "$n")"
+            random_fault "$n"
             kill_at "$n" "$who" "$time" "$point"
         fi || { check_end "$name" "$ended" "$ranks" && return; }
     done
-    [ $same = 1 ] || n=$(another)
+    [ $same = 1 ] || n=$((RANDOM % 3 + 1))
     [ "$n" = "$ranks" ] || ranks=0
     name="after $kills kills, on $n ranks"
     before
@@ -264,6 +264,7 @@ while [ $kills -lt "$kills_wanted" ]; do
     while [ $kills -lt "$kills_wanted" ] && read -r n who time point <&3; do
         chain "$n" "$who" "$time" "$point"
     done 3<plan
+    order=$RANDOM
     shuffle <sweep >plan
 done
 echo "points: $(cut -d ' ' -f 2- points.?.? | sort -u | wc -l); planned kills: $(wc -l <sweep)"
