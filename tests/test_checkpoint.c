@@ -277,10 +277,10 @@ static void add_up(rig *r, outcome *out) {
     (void)out;
     const muonshard_optimizer *o = r->optimizer;
     const int rank = muonshard_comm_rank(r->comm);
-    size_t bytes[MAX_RANKS] = {0};
+    size_t each[MAX_RANKS] = {0};
     state_list owned;
-    state_bytes(&o->registry, &o->plan, o->settings, bytes);
-    plans->planned[rank] = bytes[rank];
+    state_bytes(&o->registry, &o->plan, o->settings, each);
+    plans->planned[rank] = each[rank];
     if (state_owned(o, &owned, NULL) != MUONSHARD_OK)
         return;
     for (size_t i = 0; i < owned.count; i++)
