@@ -143,6 +143,9 @@ MUONSHARD_API const char *muonshard_comm_last_error(const muonshard_comm *comm);
 /* Another deadline for waits outside muonshard_step, for example once start-up is over. Local.
  * ERR_ARGUMENT: not > 0. */
 MUONSHARD_API muonshard_status muonshard_comm_set_timeout(muonshard_comm *comm, double timeout_s);
+/* What this rank does between two calls ("load data"), for the line that names it where others wait
+ * for it; NULL: "outside the library". Up to 47 bytes are copied. Local. ERR_ARGUMENT. */
+MUONSHARD_API muonshard_status muonshard_comm_set_phase(muonshard_comm *comm, const char *phase);
 /* Makes a local status everybody's: all ranks return the lowest failing rank's status, and
  * muonshard_comm_last_error its message. `message` may be NULL. Collective. */
 MUONSHARD_API muonshard_status muonshard_comm_agree(muonshard_comm *comm, muonshard_status status,

@@ -20,7 +20,8 @@ MUONSHARD_API muonshard_status muonshard_comm_create_mpi(MPI_Comm mpi_comm,
 
 /* A muonshard_fatal_fn: writes `message` as one line to stderr and calls MPI_Abort on
  * MPI_COMM_WORLD with muonshard_mpi_exit_code(status), so that a job with a dead or stopped rank
- * ends. */
+ * ends. Where stderr has no room for a second, the line is left out; where MPI_Abort does not end
+ * the process in 3 s, SIGALRM does, with the same code. */
 MUONSHARD_API void muonshard_mpi_abort(void *user, muonshard_status status, const char *message);
 /* 10 - status: 11 for ERR_ARGUMENT … 18 for ERR_TIMEOUT; 0 for OK. Below 128. */
 MUONSHARD_API int muonshard_mpi_exit_code(muonshard_status status);

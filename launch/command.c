@@ -9,6 +9,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "deadline.h"
+#include "fault.h"
 #include "muonshard_mpi.h"
 
 /* ---- arguments ---- */
@@ -253,16 +255,34 @@ static muonshard_status set_threads(char *message) {
     return MUONSHARD_OK;
 }
 
+static bool start_mpi(command *cmd) {
+    deadline_begin("start MPI");
+    fault_point("start MPI");
+    cmd->mpi = MPI_Init(NULL, NULL) == MPI_SUCCESS;
+    deadline_end();
+    if (!cmd->mpi)
+        return false;
+    MPI_Comm_rank(MPI_COMM_WORLD, &cmd->rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &cmd->size);
+    deadline_set_rank(cmd->rank, cmd->size);
+    deadline_guard_output();
+    return true;
+}
+
+void command_enter(command *cmd, const char *phase) {
+    muonshard_comm_set_phase(cmd->comm, phase);
+    fault_point(phase);
+}
+
 muonshard_status command_start(command *cmd, const command_usage *usage, command_args *args,
                                int argc, char **argv) {
     char message[COMMAND_MESSAGE] = "";
     *cmd = (command){.usage = usage, .size = 1};
-    if (MPI_Init(NULL, NULL) != MPI_SUCCESS)
+    const char *bad_deadline = deadline_open();
+    if (!start_mpi(cmd))
         return command_told(cmd, MUONSHARD_ERR_COMM, "MPI could not be started");
-    cmd->mpi = true;
-    MPI_Comm_rank(MPI_COMM_WORLD, &cmd->rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &cmd->size);
     muonshard_comm_options options = MUONSHARD_COMM_OPTIONS_INIT;
+    options.timeout_s = deadline_seconds();
     options.log = log_line;
     options.log_user = cmd;
     options.on_fatal = muonshard_mpi_abort;
@@ -272,6 +292,10 @@ muonshard_status command_start(command *cmd, const command_usage *usage, command
     status = command_parse(usage, argc, argv, args, message);
     if (status == MUONSHARD_OK)
         status = set_threads(message);
+    if (status == MUONSHARD_OK && bad_deadline) {
+        snprintf(message, sizeof message, "%s", bad_deadline);
+        status = MUONSHARD_ERR_ARGUMENT;
+    }
     return command_agree(cmd, status, message);
 }
 
@@ -295,17 +319,21 @@ static muonshard_status load(command *cmd, const char *path, const command_args 
     return status;
 }
 
-/* What the command exchanges between steps waits no longer than a step does. */
+/* What the command waits for between steps waits no longer than a step does. */
 static muonshard_status set_deadline(command *cmd) {
     char text[64];
     const muonshard_status status =
         muonshard_config_get(cmd->config, "timeout", text, sizeof text, NULL);
-    return status ? status : muonshard_comm_set_timeout(cmd->comm, strtod(text, NULL));
+    if (status != MUONSHARD_OK)
+        return status;
+    deadline_set(strtod(text, NULL));
+    return muonshard_comm_set_timeout(cmd->comm, deadline_seconds());
 }
 
 muonshard_status command_configure(command *cmd, const char *path, const command_args *args,
                                    const muonshard_param *table, size_t count, void *values) {
     char message[COMMAND_MESSAGE] = "";
+    command_enter(cmd, "configure");
     muonshard_status status = muonshard_config_create(&cmd->config);
     if (status != MUONSHARD_OK)
         snprintf(message, sizeof message, "config: %s", muonshard_status_string(status));
@@ -354,11 +382,20 @@ muonshard_status command_told(const command *cmd, muonshard_status status, const
 }
 
 int command_finish(command *cmd, command_args *args, muonshard_status status) {
+    /* Where all meet, who doesn't come can be named; in MPI_Finalize it could not. */
+    if (cmd->comm) {
+        command_enter(cmd, "finish");
+        muonshard_comm_agree(cmd->comm, MUONSHARD_OK, NULL);
+    }
     muonshard_config_destroy(cmd->config);
     muonshard_comm_destroy(cmd->comm);
     command_args_free(args);
-    if (cmd->mpi)
+    if (cmd->mpi) {
+        deadline_begin("end MPI");
+        fault_point("end MPI");
         MPI_Finalize();
+        deadline_end();
+    }
     cmd->config = NULL;
     cmd->comm = NULL;
     cmd->mpi = false;

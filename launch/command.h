@@ -106,7 +106,8 @@ typedef struct command {
 } command;
 
 /* BLAS threads (MUONSHARD_THREADS, else 1), MPI_Init, a communicator over all ranks whose deadline
- * ends the job (muonshard_mpi_abort), and the parsed arguments. Collective. On failure call
+ * (MUONSHARD_START_TIMEOUT, then the config's) ends the job (muonshard_mpi_abort), and the parsed
+ * arguments. Output has a deadline from here on. Collective. On failure call
  * command_finish all the same. */
 muonshard_status command_start(command *cmd, const command_usage *usage, command_args *args,
                                int argc, char **argv);
@@ -115,6 +116,8 @@ muonshard_status command_start(command *cmd, const command_usage *usage, command
  * command_finish. Collective. */
 muonshard_status command_configure(command *cmd, const char *path, const command_args *args,
                                    const muonshard_param *table, size_t count, void *values);
+/* What this rank does from now on, for the line that names it where others wait for it. Local. */
+void command_enter(command *cmd, const char *phase);
 /* For commands whose tensors are in the host's memory: `backend: auto` is host. Local. */
 muonshard_status command_on_host(command *cmd);
 /* A local outcome becomes everybody's: returns the lowest failing rank's status after rank 0 has
@@ -125,7 +128,8 @@ muonshard_status command_agree(command *cmd, muonshard_status status, const char
  * ("muonshard NAME: ..." on stderr) when the status is not OK. Returns `status`. Local. */
 muonshard_status command_told(const command *cmd, muonshard_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
-/* Frees all, finalises MPI. Returns muonshard_mpi_exit_code(status). Collective. */
+/* Meets the other ranks, frees all, finalises MPI. Returns muonshard_mpi_exit_code(status).
+ * Collective. */
 int command_finish(command *cmd, command_args *args, muonshard_status status);
 
 /* Seconds of a monotonic clock. */

@@ -156,17 +156,18 @@ static void print_plans(const plans *all) {
 static void print_memory(const plans *all) {
     const machine *m = &all->planner.machine;
     const bool limited = m->config && !isnan(m->memory);
-    printf("#\n# memory a rank on %s\n# %6s %12s %12s %12s %12s %12s %12s\n",
+    printf("#\n# memory a rank on %s; staging: of the host, once a checkpoint is saved\n"
+           "# %6s %12s %12s %12s %12s %12s %12s %12s\n",
            all->planner.on_gpu ? "cuda" : "the host", "ranks", "parameters", "gradients", "state",
-           "workspace", "pinned", "total");
-    printf("# %6s %12s %12s %12s %12s %12s %12s\n", "", "(MiB)", "(MiB)", "(MiB)", "(MiB)", "(MiB)",
-           "(MiB)");
+           "workspace", "pinned", "staging", "total");
+    printf("# %6s %12s %12s %12s %12s %12s %12s %12s\n", "", "(MiB)", "(MiB)", "(MiB)", "(MiB)",
+           "(MiB)", "(MiB)", "(MiB)");
     for (size_t i = 0; i < all->count; i++) {
         const plan_memory *b = &all->plans[i].memory;
         const double total = plan_memory_total(b);
-        printf("  %6d %12.2f %12.2f %12.2f %12.2f %12.2f %12.2f%s\n", all->plans[i].ranks,
+        printf("  %6d %12.2f %12.2f %12.2f %12.2f %12.2f %12.2f %12.2f%s\n", all->plans[i].ranks,
                mib(b->parameters), mib(b->gradients), mib(b->state), mib(b->workspace),
-               mib(b->pinned), mib(total),
+               mib(b->pinned), mib(b->staging), mib(total),
                limited && total > 1e9 * m->memory ? "  does not fit" : "");
     }
 }
@@ -361,6 +362,7 @@ static json_t *row_of(const planner *p, const rank_plan *r) {
     timeline_of(&r->groups[MODEL_EXPERTS], r->groups[MODEL_SHARED].sim.step, timeline);
     return json_pack(
         "{s:s, s:i, s:s, s:s, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:n, s:o, s:n, s:{s:f, s:f, "
+        "s:f, "
         "s:f}, s:o}",
         "model", p->model.name, "ranks", r->ranks, "scaling", "strong", "dtype",
         dtype_name(p->whole.tensors[0].dtype), "matrices", (json_int_t)p->whole.view_count, "bytes",
@@ -370,7 +372,7 @@ static json_t *row_of(const planner *p, const rank_plan *r) {
         bench_number(r->ranks > 1 ? 1e-9 * w.ag_bandwidth : NAN), "exposed",
         bench_number(w.exposed), "link_busy_us", "imbalance", bench_number(w.imbalance), "wrong",
         "memory", "state", r->memory.state, "workspace", r->memory.workspace, "pinned",
-        r->memory.pinned, "timeline", timeline);
+        r->memory.pinned, "staging", r->memory.staging, "timeline", timeline);
 }
 
 static muonshard_status write_json(const plans *all, const char *path, char *message) {

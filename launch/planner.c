@@ -10,6 +10,7 @@
 #include "message.h"
 #include "optim/newton_schulz.h"
 #include "optim/ownership.h"
+#include "optim/state.h"
 
 /* ---- model and machine ---- */
 
@@ -141,6 +142,20 @@ static muonshard_status workspace_of(const planner *p, const plan *q, memory_fac
     return MUONSHARD_OK;
 }
 
+/* Of the rank that writes most. */
+static muonshard_status add_staging(const planner *p, const registry *r, const plan *q,
+                                    plan_memory *m, char *message) {
+    size_t *bytes = calloc((size_t)q->world_size, sizeof *bytes), most = 0;
+    if (!bytes)
+        return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
+    state_bytes(r, q, p->settings, bytes);
+    for (int i = 0; i < q->world_size; i++)
+        most = bytes[i] > most ? bytes[i] : most;
+    m->staging += (double)most;
+    free(bytes);
+    return MUONSHARD_OK;
+}
+
 /* As commit finds it in a program that came with MPI: of the rank that has most. */
 static muonshard_status add_memory(const planner *p, int part, const group_plan *g, plan_memory *m,
                                    char *message) {
@@ -171,7 +186,7 @@ static muonshard_status add_memory(const planner *p, int part, const group_plan 
                     (p->on_gpu ? (double)CUDA_SCRATCH_BYTES : 0.0);
     if (p->on_gpu)
         m->pinned += (double)memory_bytes(&list, MEMORY_PINNED);
-    return MUONSHARD_OK;
+    return add_staging(p, r, q, m, message);
 }
 
 /* By one policy; the sums of the groups' mean, largest and bound are added up. */

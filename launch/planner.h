@@ -24,6 +24,7 @@ typedef struct planner {
 /* Bytes of a rank. */
 typedef struct plan_memory {
     double parameters, gradients, state, workspace, pinned;
+    double staging; /* of the host, once a checkpoint is saved */
 } plan_memory;
 
 static inline double plan_memory_total(const plan_memory *m) {

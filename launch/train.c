@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "corpus.h"
+#include "deadline.h"
 #include "gpt.h"
 #include "gpt_device.h"
 #include "gpt_layers.h"
@@ -67,6 +68,7 @@ typedef struct trainer {
 /* ---- set-up ---- */
 
 static muonshard_status load_text(trainer *t) {
+    command_enter(&t->cmd, "read text");
     muonshard_status status =
         corpus_load(&t->text, t->settings.files, t->settings.val_fraction, t->window, t->message);
     status = command_agree(&t->cmd, status, t->message);
@@ -204,6 +206,7 @@ static void print_rules(const trainer *t) {
 }
 
 static muonshard_status make_optimizer(trainer *t) {
+    command_enter(&t->cmd, "create");
     muonshard_status status = command_agree(&t->cmd, read_rules(t), t->message);
     if (status != MUONSHARD_OK)
         return status;
@@ -212,6 +215,7 @@ static muonshard_status make_optimizer(trainer *t) {
 }
 
 static muonshard_status commit_tensors(trainer *t) {
+    command_enter(&t->cmd, "commit");
     muonshard_status status = command_agree(&t->cmd, add_tensors(t), t->message);
     if (status != MUONSHARD_OK)
         return status;
@@ -396,6 +400,7 @@ static double run_batch(trainer *t, int64_t step) {
 /* Mean loss over the validation windows; they are dealt to the ranks in turn. Collective. */
 static muonshard_status evaluate(trainer *t, double *loss) {
     int64_t count = t->settings.eval_windows, next = t->cmd.rank;
+    command_enter(&t->cmd, "evaluate");
     *loss = 0.0;
     while (next < count) {
         int n = 0;
@@ -413,6 +418,7 @@ static muonshard_status evaluate(trainer *t, double *loss) {
 static muonshard_status one_step(trainer *t, int64_t step, train_step_report *out) {
     const train_settings *s = &t->settings;
     double begin = command_now_s();
+    command_enter(&t->cmd, "forward and backward");
     out->step = step;
     out->lr_factor = train_lr_factor(s, step);
     out->train_loss = run_batch(t, step) / t->cmd.size;
@@ -456,12 +462,14 @@ static muonshard_status train(trainer *t) {
     int skipped_in_a_row = 0;
     for (int64_t step = t->first + 1; step <= s->steps && !t->stopped; step++) {
         train_step_report report = {.val_loss = NAN};
+        deadline_set_step(step);
         muonshard_status status = one_step(t, step, &report);
         report.evaluated = step == s->steps || (s->eval_every && step % s->eval_every == 0);
         if (status == MUONSHARD_OK && report.evaluated)
             status = evaluate(t, &report.val_loss);
         if (status != MUONSHARD_OK)
             return status;
+        command_enter(&t->cmd, "report");
         report.time_s = command_now_s() - begin;
         t->local = train_report_step(t->report, &report, t->message);
         t->stopped = t->signalled && step < s->steps;

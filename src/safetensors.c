@@ -52,6 +52,14 @@ static bool tensor_bytes(const safetensors_tensor *tensor, size_t *bytes) {
     return true;
 }
 
+/* Such a name would reach a terminal. */
+static bool has_control(const char *name) {
+    for (; *name; name++)
+        if ((unsigned char)*name < 0x20 || *name == 0x7f)
+            return true;
+    return false;
+}
+
 /* ---- reading ---- */
 
 static muonshard_status read_shape(const char *path, const json_t *shape,
@@ -94,10 +102,8 @@ static muonshard_status read_tensor(const char *path, const char *name, const js
         return fail(error, MUONSHARD_ERR_FORMAT, "%s: tensor \"%s\": its entry is not a mapping",
                     path, name);
     tensor->name = name;
-    for (const char *c = name; *c; c++)
-        if ((unsigned char)*c < 0x20 || *c == 0x7f) /* would reach the terminal */
-            return fail(error, MUONSHARD_ERR_FORMAT,
-                        "%s: tensor \"%s\": control character in its name", path, name);
+    FAIL_IF(has_control(name), error, MUONSHARD_ERR_FORMAT,
+            "%s: tensor \"%s\": control character in its name", path, name);
     const json_t *dtype = json_object_get(entry, "dtype");
     if (!json_is_string(dtype))
         return fail(error, MUONSHARD_ERR_FORMAT,
@@ -379,6 +385,12 @@ muonshard_status safetensors_header(const char *path, const safetensors_tensor *
         const safetensors_tensor *tensor = &tensors[i];
         json_t *shape = json_array(), *entry = NULL;
         bool good = shape != NULL;
+        if (has_control(tensor->name)) {
+            status = fail(error, MUONSHARD_ERR_ARGUMENT,
+                          "%s: tensor \"%s\": control character in its name", path, tensor->name);
+            json_decref(shape);
+            goto done;
+        }
         if (strcmp(tensor->name, METADATA) == 0 || json_object_get(header, tensor->name)) {
             status = fail(error, MUONSHARD_ERR_ARGUMENT, "%s: tensor name \"%s\" is taken", path,
                           tensor->name);
@@ -402,6 +414,12 @@ muonshard_status safetensors_header(const char *path, const safetensors_tensor *
         goto done;
     size_t bare = strlen(json);
     const uint64_t padded = (bare + 7) / 8 * 8;
+    if (padded > SAFETENSORS_HEADER_MAX) {
+        status = fail(error, MUONSHARD_ERR_ARGUMENT,
+                      "%s: a header of %" PRIu64 " bytes is above the format's limit of %zu", path,
+                      padded, SAFETENSORS_HEADER_MAX);
+        goto done;
+    }
     *length = LENGTH_BYTES + (size_t)padded;
     *text = malloc(*length);
     if (!*text)

@@ -67,7 +67,8 @@ void safetensors_close(safetensors_file *file);
 const char *safetensors_shape_text(const safetensors_tensor *tensor, char *text);
 
 /* How a file of these tensors begins, up to their data, which starts at a multiple of 8: own text
- * [length]. ERR_ARGUMENT (names not unique, or not UTF-8, or out of memory). */
+ * [length]. ERR_ARGUMENT (names not unique, not UTF-8 or with control characters; a header that the
+ * format doesn't allow; out of memory). */
 muonshard_status safetensors_header(const char *path, const safetensors_tensor *tensors,
                                     size_t tensor_count, const safetensors_pair *metadata,
                                     size_t metadata_count, char **text, size_t *length,

@@ -33,6 +33,7 @@ launch/model_file.c        | include/* launch/* src/* SYSTEM <jansson.h>
 launch/gpt/gpt_cuda*       | include/muonshard.h launch/gpt/gpt* SYSTEM <cuda*> <cublasLt.h> tests/fake_cuda/cuda_emulation.h
 launch/gpt/gpt_device.*    | launch/gpt/gpt_device.h launch/gpt/gpt_layers.h SYSTEM
 launch/gpt/*               | include/muonshard.h launch/gpt/* SYSTEM <cblas.h>
+launch/command.c           | include/* launch/* SYSTEM src/fault.h <mpi.h> <cblas.h>
 launch/*                   | include/* launch/* SYSTEM <mpi.h> <cblas.h> <jansson.h>
 tests/consumer/*           | <muonshard_mpi.h> <muonshard.h> include/* SYSTEM <mpi.h>
 tests/oracle_pair.*        | include/* src/* tests/* SYSTEM
@@ -152,6 +153,7 @@ launch/check.c                   #include "config.h"
 launch/check_tensors.c           #include "comm/comm.h"
 src/config.c                     #include <jansson.h>
 launch/command.c                 #include "comm/comm.h"
+launch/train.c                   #include "fault.h"
 launch/main.c                    #include "settings.h"
 launch/gpt/gpt.c                 #include "status.h"
 launch/gpt/gpt.c                 #include "command.h"

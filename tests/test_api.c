@@ -83,6 +83,7 @@ static void test_null_handles(void **state) {
     assert_int_equal(muonshard_comm_create_self(NULL, NULL), bad);
     assert_int_equal(muonshard_comm_create_callbacks(NULL, NULL, &comm), bad);
     assert_int_equal(muonshard_comm_set_timeout(NULL, 1.0), bad);
+    assert_int_equal(muonshard_comm_set_phase(NULL, "load"), bad);
     assert_int_equal(muonshard_comm_agree(NULL, MUONSHARD_OK, NULL), bad);
     assert_int_equal(muonshard_comm_broadcast(NULL, &comm, 1, 0), bad);
     assert_int_equal(muonshard_comm_allgather(NULL, &comm, &comm, 1), bad);

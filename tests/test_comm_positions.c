@@ -39,8 +39,10 @@ static void describe(muonshard_comm *comm, board_test *test,
     threads_barrier(comm);
     test->length[r] = positions_describe(board, test->text[r], TEXT);
     test->cut_length[r] = positions_describe(board, test->cut[r], sizeof test->cut[r]);
-    if (positions_claim(board))
-        atomic_fetch_add(&test->claims, 1);
+    const bool early = positions_claimed(board);
+    threads_barrier(comm);
+    if (positions_claim(board) && !early)
+        atomic_fetch_add(&test->claims, positions_claimed(board));
     threads_barrier(comm);
     positions_close(board);
 }
@@ -74,8 +76,8 @@ static void test_most_behind_first(void **state) {
     assert_int_equal(threads_run(RANKS, rank_apart, &test), MUONSHARD_OK);
     for (int r = 0; r < RANKS; r++)
         assert_true(test.opened[r]);
-    const char *want = "rank 6: commit; rank 4: step 7, all-gather batch 3; rank 5: outside the "
-                       "library; rank 1: step 9, momentum batch 0 and 1 more";
+    const char *want = "rank 6: commit; rank 4: step 7, all-gather batch 3; rank 5: after step 8, "
+                       "outside the library; rank 1: step 9, momentum batch 0 and 1 more";
     assert_string_equal(test.text[0], want);
     assert_int_equal(test.length[0], strlen(want));
     assert_string_equal(test.text[3], want);
@@ -103,6 +105,52 @@ static void test_nobody_elsewhere(void **state) {
         assert_string_equal(test.text[r], "");
         assert_int_equal(test.length[r], 0);
     }
+}
+
+/* ---- blame ---- */
+
+/* Rank 0 waits in step 9; 1 is with it, 2 behind, 3 further, for 0.3 s; those that `wait` say so.
+ */
+typedef struct blame_test {
+    bool waits[RANKS];
+    char text[TEXT];
+    size_t length;
+} blame_test;
+
+static void rank_blames(muonshard_comm *comm, void *arg) {
+    blame_test *test = arg;
+    mpi_positions *board = NULL;
+    if (positions_open(comm, &board) != MUONSHARD_OK || !board)
+        return;
+    mark(board, comm->rank == 2 ? 8 : comm->rank == 3 ? 10 : 9, "all-gather batch 3");
+    threads_barrier(comm);
+    for (double begin = now_s(); now_s() - begin < 0.3; comm_back_off(1.0))
+        if (test->waits[comm->rank])
+            positions_beat(board);
+    if (comm->rank == 0)
+        test->length = positions_blame(board, 0.3, test->text, TEXT);
+    threads_barrier(comm);
+    positions_close(board);
+}
+
+static void test_the_silent_are_blamed(void **state) {
+    (void)state;
+    static blame_test behind = {.waits = {true}}, beside = {.waits = {true, false, true}},
+                      further = {.waits = {true, true, true, false}},
+                      none = {.waits = {true, true, true, true}};
+    const char *const want = ": no sign of life for 0.3 s (running)";
+    assert_int_equal(threads_run(4, rank_blames, &behind), MUONSHARD_OK);
+    assert_ptr_equal(strstr(behind.text, "rank 2 of 4 (host "), behind.text);
+    assert_non_null(strstr(behind.text, "): step 8, all-gather batch 3"));
+    assert_non_null(strstr(behind.text, want));
+    assert_int_equal(behind.length, strlen(behind.text));
+    assert_int_equal(threads_run(4, rank_blames, &beside), MUONSHARD_OK);
+    assert_ptr_equal(strstr(beside.text, "rank 1 of 4 (host "), beside.text);
+    assert_int_equal(threads_run(4, rank_blames, &further), MUONSHARD_OK);
+    assert_string_equal(further.text, "");
+    assert_int_equal(threads_run(4, rank_blames, &none), MUONSHARD_OK);
+    assert_string_equal(none.text, "");
+    assert_int_equal(none.length, 0);
 }
 
 /* Marks of all ranks while all read: a place is seen whole or not at all. */
@@ -142,7 +190,11 @@ static void test_no_board(void **state) {
     char text[8] = "left";
     assert_int_equal(positions_describe(NULL, text, sizeof text), 0);
     assert_string_equal(text, "");
+    assert_int_equal(positions_blame(NULL, 1.0, text, sizeof text), 0);
     positions_mark(NULL, NULL);
+    positions_beat(NULL);
+    assert_false(positions_gone(NULL));
+    assert_false(positions_claimed(NULL));
     assert_true(positions_claim(NULL));
     positions_close(NULL);
 }
@@ -150,6 +202,7 @@ static void test_no_board(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_most_behind_first), cmocka_unit_test(test_nobody_elsewhere),
-        cmocka_unit_test(test_reads_are_whole), cmocka_unit_test(test_no_board)};
+        cmocka_unit_test(test_the_silent_are_blamed), cmocka_unit_test(test_reads_are_whole),
+        cmocka_unit_test(test_no_board)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -174,7 +174,7 @@ cut() {
 
 # The library is the first to see it: its deadline is shorter than the launcher's.
 MUONSHARD_HOST_TIMEOUT=7 cut "a short deadline" 25 timeout=3 first_timeout=3
-says "a short deadline: who was where" "^muonshard: rank [01] of 3 .*host[12].*: no completion within 3 s" stderr
+says "a short deadline: who was where" "^muonshard: rank [01] of 3 .*host[12].*: no completion within 3 s; .*the ranks of this host are well: who is missing is on another" stderr
 says "a short deadline: mpirun is not waited for" "^run_hosts.sh: no answer from $(address 3) " stderr
 # The daemon there has an answer outstanding, too; it sees what happened when the network is back.
 ip -n "$net-head" link set port3 up

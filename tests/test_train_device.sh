@@ -46,5 +46,29 @@ for case in "1" "2" "1 model.tied=true train.micro_batch=2" "2 cuda_graphs=false
         paste <(losses "$work/host.jsonl") <(losses "$work/cuda.jsonl")
     fi
 done
+# What was saved goes on: on a device to the bit, and from the host there and back. A run from FIRST goes on with SECOND.
+go_on() { # FIRST SECOND RANKS RANKS
+    rm -rf "$work/saved"
+    run "$2" "$4" train.save="$work/saved" train.save_every=4 train.keep=0
+    cp "$work/$2.jsonl" "$work/whole.jsonl"
+    rm -rf "$work/saved"
+    run "$1" "$3" train.save="$work/saved" train.save_every=4 train.keep=0
+    rm -rf "$work/saved/step-00000008" "$work/saved/step-00000010"
+    run "$2" "$4" train.save="$work/saved" --resume auto
+    sed -n '/resumed_after":4/,$p' "$work/$2.jsonl" >"$work/after.jsonl"
+    paste <(losses "$work/whole.jsonl" | tail -n "$(losses "$work/after.jsonl" | wc -l)") <(losses "$work/after.jsonl") |
+        awk -v bits="$([ "$1$3" = "$2$4" ] && echo 1 || echo 0)" '
+            { d = ($1 - $2) / $1; if (!(d < 2e-6 && d > -2e-6) || NF != 2 || (bits && $1 != $2)) bad = 1; n++ } END { exit bad || n < 6 }'
+}
+for case in "cuda cuda 2 2" "cuda cuda 1 1" "host cuda 2 2" "cuda host 1 2" "host cuda 4 2"; do
+    # shellcheck disable=SC2086
+    if go_on $case; then
+        echo "ok    saved and continued: $case"
+    else
+        failures=$((failures + 1))
+        echo "FAIL  saved and continued: $case"
+        cat "$work/whole.jsonl" "$work/after.jsonl"
+    fi
+done
 grep -q "backend: cuda" "$work/cuda.log" || { failures=$((failures + 1)); echo "FAIL  the log does not name the backend"; }
 [ $failures -eq 0 ]

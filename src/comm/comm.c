@@ -47,6 +47,7 @@ muonshard_status comm_create(const comm_ops *ops, void *impl, int rank, int size
         snprintf(comm->host, sizeof comm->host, "unknown");
     comm->host[sizeof comm->host - 1] = '\0';
     snprintf(comm->position.phase, sizeof comm->position.phase, "create communicator");
+    snprintf(comm->outside, sizeof comm->outside, "outside the library");
     *out = comm;
     return MUONSHARD_OK;
 }
@@ -231,6 +232,7 @@ muonshard_status comm_test(muonshard_comm *comm, comm_ticket *ticket, bool *done
         *done = true;
         return MUONSHARD_OK;
     }
+    comm_beat(comm);
     bool arrived = false;
     if (comm_is_staged(comm, ticket->request.backend))
         TRY(test_staged(comm, ticket, &arrived));
@@ -260,15 +262,20 @@ void comm_back_off(double waited_s) {
 }
 
 muonshard_status comm_time_out(muonshard_comm *comm, double timeout_s) {
-    char step[32] = "", others[640] = "";
+    char where[96], culprit[320] = "", others[640] = "";
     if (comm->position.step > 0)
-        snprintf(step, sizeof step, "step %lld, ", (long long)comm->position.step);
+        snprintf(where, sizeof where, "step %lld, %s", (long long)comm->position.step,
+                 comm->position.phase);
+    else
+        snprintf(where, sizeof where, "%s", comm->position.phase);
+    if (comm->ops->blame && comm->ops->blame(comm, timeout_s, culprit, sizeof culprit))
+        return comm_die(comm, MUONSHARD_ERR_TIMEOUT, "%s; rank %d waited %g s for it in %s",
+                        culprit, comm->rank, timeout_s, where);
     if (comm->ops->describe)
         comm->ops->describe(comm, others, sizeof others);
     return comm_die(comm, MUONSHARD_ERR_TIMEOUT,
-                    "rank %d of %d (host %s): %s%s: no completion within %g s%s%s", comm->rank,
-                    comm->size, comm->host, step, comm->position.phase, timeout_s,
-                    others[0] ? "; " : "", others);
+                    "rank %d of %d (host %s): %s: no completion within %g s%s%s", comm->rank,
+                    comm->size, comm->host, where, timeout_s, others[0] ? "; " : "", others);
 }
 
 muonshard_status comm_wait(muonshard_comm *comm, comm_ticket *ticket, double timeout_s) {
@@ -289,6 +296,7 @@ muonshard_status comm_wait(muonshard_comm *comm, comm_ticket *ticket, double tim
 
 muonshard_status comm_check(muonshard_comm *comm) {
     TRY(comm->dead);
+    comm_beat(comm);
     return comm->ops->check ? comm->ops->check(comm) : MUONSHARD_OK;
 }
 
@@ -380,7 +388,7 @@ muonshard_status comm_agree(muonshard_comm *comm, muonshard_status status, error
 
 /* What the board says of a rank that is in none of our calls. */
 static muonshard_status leave(muonshard_comm *comm, muonshard_status status) {
-    comm_mark(comm, 0, "outside the library");
+    comm_mark(comm, 0, "%s", comm->outside);
     return status;
 }
 
@@ -399,6 +407,13 @@ muonshard_status muonshard_comm_set_timeout(muonshard_comm *comm, double timeout
             "a deadline of %g s; it has to be positive and finite", timeout_s);
     comm->options.timeout_s = timeout_s;
     return MUONSHARD_OK;
+}
+
+muonshard_status muonshard_comm_set_phase(muonshard_comm *comm, const char *phase) {
+    if (!comm)
+        return MUONSHARD_ERR_ARGUMENT;
+    snprintf(comm->outside, sizeof comm->outside, "%s", phase ? phase : "outside the library");
+    return leave(comm, MUONSHARD_OK);
 }
 
 const char *muonshard_comm_last_error(const muonshard_comm *comm) {

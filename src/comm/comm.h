@@ -82,6 +82,11 @@ typedef struct comm_ops {
     muonshard_status (*check)(muonshard_comm *comm);
     /* Optional: publishes this rank's position where others can read it without its help. */
     void (*mark)(muonshard_comm *comm, const comm_position *position);
+    /* Optional: a sign of life; whoever waits gives one at every look. */
+    void (*beat)(muonshard_comm *comm);
+    /* Optional: "rank 1 of 3 (host X): …" of the rank that keeps this one waiting, "" where none is
+     * known; like snprintf. */
+    size_t (*blame)(muonshard_comm *comm, double timeout_s, char *text, size_t size);
     /* Optional: "rank 1: step 12, momentum batch 2; …" of the ranks that are behind; like snprintf.
      */
     size_t (*describe)(muonshard_comm *comm, char *text, size_t size);
@@ -96,7 +101,8 @@ struct muonshard_comm {
     muonshard_comm_options options;
     char host[64];
     comm_position position;
-    muonshard_status dead; /* OK, or why nothing works on it any more */
+    char outside[sizeof((comm_position *)0)->phase]; /* the phase between two calls */
+    muonshard_status dead;                           /* OK, or why nothing works on it any more */
     error_text error;
 };
 
@@ -137,6 +143,11 @@ muonshard_status comm_open_nccl(muonshard_comm *bootstrap, int device, bool dete
 muonshard_status comm_check(muonshard_comm *comm);
 /* No completion by the deadline: the communicator is dead, ERR_TIMEOUT. */
 muonshard_status comm_time_out(muonshard_comm *comm, double timeout_s);
+/* A sign of life, for others that wait. */
+static inline void comm_beat(muonshard_comm *comm) {
+    if (comm->ops->beat)
+        comm->ops->beat(comm);
+}
 /* Between two looks at something that was not done `waited_s` after it began. */
 void comm_back_off(double waited_s);
 

@@ -4,10 +4,13 @@
 #include "muonshard_mpi.h"
 
 #include <limits.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 #include "comm/comm.h"
 #include "comm/mpi_positions.h"
 
@@ -16,6 +19,8 @@
 #define COMM_MPI_MAX_COUNT INT_MAX
 #endif
 enum { BLOCK_BYTES = COMM_MPI_MAX_COUNT / 2 + 1 };
+/* How long the end of a job waits: for room on stderr, and for MPI_Abort. */
+enum { ROOM_MS = 1000, ABORT_S = 3 };
 
 /* The MPI requests of one ticket. */
 typedef struct mpi_operation {
@@ -155,6 +160,12 @@ static muonshard_status mpi_test(muonshard_comm *comm, comm_ticket *ticket, bool
     mpi_transport *transport = comm->impl;
     mpi_operation *operation = ticket->impl;
     int flag = 0;
+    /* One that was stopped is woken to be ended: what it waited for may be there, and it must not
+     * go on into an MPI that is coming down. */
+    if (positions_claimed(transport->board))
+        return comm_die(comm, MUONSHARD_ERR_TIMEOUT,
+                        "rank %d of %d (host %s): another rank of this host ends the job",
+                        comm->rank, comm->size, comm->host);
     int code = MPI_Testall(operation->count, operation->requests, &flag, MPI_STATUSES_IGNORE);
     if (code != MPI_SUCCESS)
         return mpi_failed(comm, "test", code);
@@ -170,6 +181,16 @@ static muonshard_status mpi_test(muonshard_comm *comm, comm_ticket *ticket, bool
 static void mpi_mark(muonshard_comm *comm, const comm_position *position) {
     mpi_transport *transport = comm->impl;
     positions_mark(transport->board, position);
+}
+
+static void mpi_beat(muonshard_comm *comm) {
+    mpi_transport *transport = comm->impl;
+    positions_beat(transport->board);
+}
+
+static size_t mpi_blame(muonshard_comm *comm, double timeout_s, char *text, size_t size) {
+    mpi_transport *transport = comm->impl;
+    return positions_blame(transport->board, timeout_s, text, size);
 }
 
 static size_t mpi_describe(muonshard_comm *comm, char *text, size_t size) {
@@ -202,6 +223,8 @@ static const comm_ops mpi_ops = {.name = "mpi",
                                  .start = mpi_start,
                                  .test = mpi_test,
                                  .mark = mpi_mark,
+                                 .beat = mpi_beat,
+                                 .blame = mpi_blame,
                                  .describe = mpi_describe,
                                  .destroy = mpi_destroy};
 
@@ -216,35 +239,75 @@ static void pause_s(double seconds) {
     nanosleep(&pause, NULL);
 }
 
+/* MPI_Abort asks the launcher, which may hang itself; this process ends by then all the same. */
+static void leave(int signal, siginfo_t *info, void *context) {
+    (void)signal;
+    (void)context;
+    _exit(info->si_value.sival_int);
+}
+
+static void leave_within(time_t seconds, int exit_code) {
+    struct sigaction action = {.sa_sigaction = leave, .sa_flags = SA_SIGINFO};
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGALRM};
+    const struct itimerspec once = {.it_value.tv_sec = seconds};
+    timer_t timer;
+    event.sigev_value.sival_int = exit_code;
+    sigemptyset(&action.sa_mask);
+    if (sigaction(SIGALRM, &action, NULL) == 0 &&
+        timer_create(CLOCK_MONOTONIC, &event, &timer) == 0)
+        timer_settime(timer, 0, &once, NULL);
+}
+
 static void end_job(muonshard_status status) {
     int initialized = 0, finalized = 1;
     MPI_Initialized(&initialized);
     MPI_Finalized(&finalized);
-    if (initialized && !finalized)
-        MPI_Abort(MPI_COMM_WORLD, muonshard_mpi_exit_code(status));
+    if (!initialized || finalized)
+        return;
+    const int code = muonshard_mpi_exit_code(status);
+    leave_within(ABORT_S, code);
+    MPI_Abort(MPI_COMM_WORLD, code);
+}
+
+/* Whoever reads stderr may have stopped: the line is left out where there is no room for it. Of no
+ * more than PIPE_BUF bytes a pipe takes all or nothing. */
+static void write_line(const char *message) {
+    char line[sizeof(error_text) + 16];
+    struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
+    int length = snprintf(line, sizeof line, "muonshard: %s\n", message);
+    if (length >= (int)sizeof line)
+        length = (int)sizeof line - 1;
+    for (int i = 0; i + 1 < length; i++)
+        if (line[i] == '\n' || line[i] == '\r')
+            line[i] = ' ';
+    line[length - 1] = '\n';
+    if (poll(&room, 1, ROOM_MS) == 1 && room.revents == POLLOUT &&
+        write(STDERR_FILENO, line, (size_t)length) < 0)
+        return; /* nobody is left to tell */
 }
 
 void muonshard_mpi_abort(void *user, muonshard_status status, const char *message) {
     (void)user;
-    char line[sizeof(error_text)];
-    snprintf(line, sizeof line, "%s", message ? message : muonshard_status_string(status));
-    for (char *at = line; *at; at++)
-        if (*at == '\n' || *at == '\r')
-            *at = ' ';
-    fprintf(stderr, "muonshard: %s\n", line);
-    fflush(stderr);
+    write_line(message ? message : muonshard_status_string(status));
     end_job(status);
 }
 
 /* muonshard_mpi_abort where several ranks fail at about the same time: the first of the node speaks
- * and ends the job, the others keep quiet and see to it only if that one could not. */
+ * and ends the job, the others keep quiet and see to it only if that one could not. Before there is
+ * a board, they come one after the other. A rank that is gone has most often said why, and the
+ * launcher ends the job for it: both get a moment. */
 static void abort_once(void *user, muonshard_status status, const char *message) {
-    mpi_transport *transport = user;
-    if (positions_claim(transport->board)) {
-        muonshard_mpi_abort(NULL, status, message);
-    } else {
-        pause_s(1.0);
+    const muonshard_comm *comm = user;
+    mpi_positions *board = ((const mpi_transport *)comm->impl)->board;
+    if (!board)
+        pause_s(comm->rank < 3 ? comm->rank : 3.0);
+    if (positions_gone(board))
+        pause_s(2.0);
+    if (!positions_claim(board)) {
+        pause_s(ROOM_MS / 500.0);
         end_job(status);
+    } else {
+        muonshard_mpi_abort(NULL, status, message);
     }
 }
 
@@ -313,7 +376,7 @@ muonshard_status muonshard_comm_create_mpi(MPI_Comm mpi_comm, const muonshard_co
     }
     if (comm->options.on_fatal == muonshard_mpi_abort) {
         comm->options.on_fatal = abort_once;
-        comm->options.fatal_user = transport;
+        comm->options.fatal_user = comm;
     }
     TRY_GOTO(duplicate(comm, mpi_comm), destroy);
     TRY_GOTO(positions_open(comm, &transport->board), destroy);

@@ -78,6 +78,7 @@ static muonshard_status poll_issue(muonshard_comm *comm, const char *what, ncclR
             return MUONSHARD_OK;
         if (issued == ncclInProgress && waited > timeout_s)
             return comm_time_out(comm, timeout_s);
+        comm_beat(comm);
         comm_back_off(waited);
     }
     return nccl_failed(comm, what, issued);
@@ -289,6 +290,19 @@ static void nccl_mark(muonshard_comm *comm, const comm_position *position) {
         bootstrap->ops->mark(bootstrap, position);
 }
 
+static void nccl_beat(muonshard_comm *comm) {
+    muonshard_comm *bootstrap = ((nccl_transport *)comm->impl)->bootstrap;
+    if (bootstrap)
+        comm_beat(bootstrap);
+}
+
+static size_t nccl_blame(muonshard_comm *comm, double timeout_s, char *text, size_t size) {
+    muonshard_comm *bootstrap = ((nccl_transport *)comm->impl)->bootstrap;
+    return bootstrap && bootstrap->ops->blame
+               ? bootstrap->ops->blame(bootstrap, timeout_s, text, size)
+               : 0;
+}
+
 static size_t nccl_describe(muonshard_comm *comm, char *text, size_t size) {
     muonshard_comm *bootstrap = ((nccl_transport *)comm->impl)->bootstrap;
     if (size)
@@ -364,6 +378,8 @@ static const comm_ops nccl_ops = {.name = "nccl",
                                   .test = nccl_test,
                                   .check = nccl_check,
                                   .mark = nccl_mark,
+                                  .beat = nccl_beat,
+                                  .blame = nccl_blame,
                                   .describe = nccl_describe,
                                   .destroy = nccl_destroy};
 

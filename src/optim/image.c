@@ -184,12 +184,11 @@ static muonshard_status read_facts(const safetensors_file *file, image_facts *fa
                 "%s: written in version %s of the format; this library reads version %d",
                 file->path, value, IMAGE_VERSION);
     }
+    FAIL_IF(numbers[1] > STEP_MOST || numbers[2] > numbers[1], error, MUONSHARD_ERR_FORMAT,
+            "%s: step %" PRIu64 ", count %" PRIu64, file->path, numbers[1], numbers[2]);
     FAIL_IF(numbers[4] < 1 || numbers[4] > INT32_MAX || numbers[3] >= numbers[4], error,
             MUONSHARD_ERR_FORMAT, "%s: rank %" PRIu64 " of %" PRIu64, file->path, numbers[3],
             numbers[4]);
-    FAIL_IF(numbers[1] > (uint64_t)STATE_MOST_STEPS || numbers[2] > numbers[1], error,
-            MUONSHARD_ERR_FORMAT, "%s: %" PRIu64 " steps of which %" PRIu64 " count", file->path,
-            numbers[1], numbers[2]);
     *facts = (image_facts){.step = (int64_t)numbers[1],
                            .count = (int64_t)numbers[2],
                            .rank = (int)numbers[3],

@@ -4,6 +4,7 @@
 #ifndef IMAGE_H
 #define IMAGE_H
 
+#include "optim/manifest.h"
 #include "optim/state.h"
 #include "safetensors.h"
 

@@ -39,10 +39,29 @@ static muonshard_status replace(muonshard_optimizer *o, const image_set *set,
     return step_give_back(o, o->stream);
 }
 
-static muonshard_status check_images(muonshard_optimizer *o, const image_source *sources,
-                                     size_t count, const muonshard_load_args *args, image_set **set,
+/* An error names the checkpoint as well. */
+static muonshard_status in_checkpoint(muonshard_optimizer *o, const char *path,
+                                      muonshard_status status) {
+    return status && path ? fail(&o->error, status, "%s: %s", path, o->error.text) : status;
+}
+
+/* What a manifest says of its files, and what they say of themselves. `m` may be NULL. */
+static muonshard_status check_manifest(const manifest *m, const image_facts *facts,
+                                       error_text *error) {
+    FAIL_IF(m && (m->step != facts->step || m->count != facts->count ||
+                  m->world_size != facts->world_size),
+            error, MUONSHARD_ERR_FORMAT,
+            "the manifest is of step %" PRId64 " of %d ranks, files of step %" PRId64 " of %d",
+            m->step, m->world_size, facts->step, facts->world_size);
+    return MUONSHARD_OK;
+}
+
+static muonshard_status check_images(muonshard_optimizer *o, const manifest *m,
+                                     const image_source *sources, size_t count,
+                                     const muonshard_load_args *args, image_set **set,
                                      state_list *wanted) {
     TRY(image_set_open(&o->registry, sources, count, set, &o->error));
+    TRY(check_manifest(m, image_set_facts(*set), &o->error));
     TRY(state_wanted(o, !args->keep_params, wanted, &o->error));
     return image_set_check(*set, &o->registry, wanted, args->init_master != 0, &o->error);
 }
@@ -65,13 +84,17 @@ static void take_step(muonshard_optimizer *o, const image_facts *facts) {
     memset(o->results, 0, sizeof o->results);
 }
 
-/* Collective. `local`: an error found before, which becomes everybody's. */
+/* Collective. `local`: an error found before, which becomes everybody's. `path` and
+ * `m` are of the checkpoint: NULL for images in memory. */
 static muonshard_status load_images(muonshard_optimizer *o, muonshard_status local,
+                                    const char *path, const manifest *m,
                                     const image_source *sources, size_t count,
                                     const muonshard_load_args *args, image_facts *facts) {
     image_set *set = NULL;
     state_list wanted = {NULL, 0};
-    muonshard_status status = local ? local : check_images(o, sources, count, args, &set, &wanted);
+    muonshard_status status = local;
+    if (status == MUONSHARD_OK)
+        status = in_checkpoint(o, path, check_images(o, m, sources, count, args, &set, &wanted));
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     *facts = *image_set_facts(set);
     TRY_GOTO(compare_facts(o, facts), done);
@@ -92,33 +115,35 @@ done:
 
 /* Rank 0's manifest on every rank. Collective. */
 static muonshard_status share_manifest(muonshard_optimizer *o, const char *path, manifest *m) {
-    char *text = NULL;
+    char *text = NULL, *where = series_path(path, MANIFEST_NAME);
     size_t length = 0;
     muonshard_status status = MUONSHARD_OK;
     *m = (manifest){.files = NULL};
-    if (o->comm->rank == 0)
+    if (!where)
+        status = fail(&o->error, MUONSHARD_ERR_MEMORY, "out of memory");
+    else if (o->comm->rank == 0)
         status = series_read_manifest(path, &text, &length, &o->error);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     status = comm_broadcast(o->comm, &length, sizeof length, 0);
     if (status == MUONSHARD_OK && o->comm->rank != 0 && !(text = malloc(length + 1)))
-        status = MUONSHARD_ERR_MEMORY;
+        status = fail(&o->error, MUONSHARD_ERR_MEMORY, "%s: out of memory", where);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     status = comm_broadcast(o->comm, text, length, 0);
     if (status == MUONSHARD_OK)
-        status = manifest_read(path, text, length, m, &o->error);
+        status = manifest_read(where, text, length, m, &o->error);
     if (status == MUONSHARD_OK)
-        status = manifest_check_tensors(m, path, &o->registry, &o->error);
+        status = manifest_check_tensors(m, where, &o->registry, &o->error);
     status = comm_agree(o->comm, status, &o->error);
     if (status)
         manifest_free(m);
 done:
     free(text);
+    free(where);
     return status;
 }
 
 /* Every byte of a file. */
-static muonshard_status check_file(const char *path, const image_source *file, uint64_t expected,
-                                   error_text *error) {
+static muonshard_status check_file(const image_source *file, uint64_t expected, error_text *error) {
     enum { CHUNK = 1 << 20 };
     int opened;
     TRY(image_source_open(file, &opened, error));
@@ -134,11 +159,11 @@ static muonshard_status check_file(const char *path, const image_source *file, u
             if (got > 0)
                 XXH3_64bits_update(hashing, chunk, (size_t)got);
         if (got < 0)
-            status = fail(error, MUONSHARD_ERR_IO, "%s/%s: cannot be read: %s", path, file->name,
+            status = fail(error, MUONSHARD_ERR_IO, "%s: cannot be read: %s", file->name,
                           strerror(errno));
         else if (XXH3_64bits_digest(hashing) != expected)
-            status = fail(error, MUONSHARD_ERR_FORMAT,
-                          "%s/%s: its checksum says that it is damaged", path, file->name);
+            status = fail(error, MUONSHARD_ERR_FORMAT, "%s: its checksum says that it is damaged",
+                          file->name);
     }
     free(chunk);
     XXH3_freeState(hashing);
@@ -147,15 +172,14 @@ static muonshard_status check_file(const char *path, const image_source *file, u
 }
 
 /* Ranks check the files by turns. */
-static muonshard_status open_files(const muonshard_optimizer *o, const char *path,
-                                   const manifest *m, int directory, image_source *files,
-                                   error_text *error) {
+static muonshard_status open_files(const muonshard_optimizer *o, const manifest *m, int directory,
+                                   image_source *files, error_text *error) {
     for (int r = 0; r < m->world_size; r++) {
         files[r] = (image_source){.directory = directory, .bytes = (size_t)m->files[r].bytes};
         series_file(r, files[r].name);
     }
     for (int r = o->comm->rank; r < m->world_size; r += o->comm->size)
-        TRY(check_file(path, &files[r], m->files[r].hash, error));
+        TRY(check_file(&files[r], m->files[r].hash, error));
     return MUONSHARD_OK;
 }
 
@@ -186,9 +210,10 @@ static muonshard_status load_checkpoint(muonshard_optimizer *o, const char *path
     else if (directory < 0)
         status = fail(&o->error, MUONSHARD_ERR_IO, "%s: cannot be read: %s", path, strerror(errno));
     else
-        status = open_files(o, path, &m, directory, files, &o->error);
+        status = in_checkpoint(o, path, open_files(o, &m, directory, files, &o->error));
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
-    status = load_images(o, keep_result(o, path, &m), files, (size_t)m.world_size, args, facts);
+    status = load_images(o, keep_result(o, path, &m), path, &m, files, (size_t)m.world_size, args,
+                         facts);
 done:
     free(files);
     if (directory >= 0)
@@ -247,7 +272,9 @@ static muonshard_status share_candidate(muonshard_optimizer *o, candidates *c, c
     return MUONSHARD_OK;
 }
 
-/* Newest first, past those that are damaged. *facts of step -1: there is none. Collective. */
+/* Newest first, past those that are damaged; what there is to try is known to rank 0 alone, so that
+ * it is asked for the next even where there was one only. *facts of step -1: there is none.
+ * Collective. */
 static muonshard_status load_newest(muonshard_optimizer *o, candidates *c,
                                     const muonshard_load_args *args, image_facts *facts) {
     char path[PATH_ROOM] = "";
@@ -258,19 +285,23 @@ static muonshard_status load_newest(muonshard_optimizer *o, candidates *c,
         if (!path[0])
             return found;
         found = load_checkpoint(o, path, args, facts);
-        if (found == MUONSHARD_OK || o->dead || o->comm->dead || c->itself ||
+        if (found == MUONSHARD_OK || o->dead || o->comm->dead ||
             (found != MUONSHARD_ERR_FORMAT && found != MUONSHARD_ERR_IO))
             return found;
         facts->step = -1;
-        if (o->comm->rank == 0)
+        if (o->comm->rank == 0 && !c->itself)
             comm_log(o->comm, MUONSHARD_LOG_WARNING, "passed over: %s", o->error.text);
     }
 }
 
+/* The result too: once the state is replaced it is too late to find that it can't be given. */
 static muonshard_status check_load(muonshard_optimizer *o, const muonshard_load_args *args,
-                                   muonshard_load_args *own) {
+                                   muonshard_load_args *own, const muonshard_load_result *result) {
+    muonshard_load_result unused = MUONSHARD_LOAD_RESULT_INIT;
     if (args)
         TRY(take_struct(&o->error, own, sizeof *own, args, "load arguments"));
+    if (result)
+        TRY(take_struct(&o->error, &unused, sizeof unused, result, "load result"));
     FAIL_IF(o->open, &o->error, MUONSHARD_ERR_STATE, "load: step %lld is not finished",
             (long long)o->step);
     return MUONSHARD_OK;
@@ -298,16 +329,17 @@ muonshard_status muonshard_load(muonshard_optimizer *o, const char *directory,
     candidates c = {.entries = NULL};
     image_facts facts;
     const double outside = checkpoint_enter(o, "load");
-    muonshard_status status = check_load(o, args, &own);
+    muonshard_status status = check_load(o, args, &own, result);
     if (status == MUONSHARD_OK && (!directory || !*directory))
         status = fail(&o->error, MUONSHARD_ERR_ARGUMENT, "load: directory is %s",
                       directory ? "empty" : "NULL");
-    if (status == MUONSHARD_OK && o->comm->rank == 0)
-        status = find_candidates(&c, directory, &o->error);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
-    TRY_GOTO(muonshard_save_wait(o), done);
+    TRY_GOTO(muonshard_save_wait(o), done); /* what it completes and removes comes before we look */
     TRY_GOTO(checkpoint_settle(o), done);
     checkpoint_enter(o, "load");
+    if (o->comm->rank == 0)
+        status = find_candidates(&c, directory, &o->error);
+    TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     TRY_GOTO(load_newest(o, &c, &own, &facts), done);
     if (facts.step < 0 && !own.optional)
         TRY_GOTO(fail(&o->error, MUONSHARD_ERR_IO, "%s: no complete checkpoint in it", directory),
@@ -342,14 +374,15 @@ muonshard_status muonshard_load_memory(muonshard_optimizer *o, const void *const
     image_facts facts = {.step = -1};
     const double outside = checkpoint_enter(o, "load");
     image_source *sources = calloc(count ? count : 1, sizeof *sources);
-    muonshard_status status = check_load(o, args, &own);
+    muonshard_status status = check_load(o, args, &own, result);
     if (status == MUONSHARD_OK)
         status = check_memory(o, images, bytes, count, sources);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     TRY_GOTO(muonshard_save_wait(o), done);
     TRY_GOTO(checkpoint_settle(o), done);
     checkpoint_enter(o, "load");
-    TRY_GOTO(load_images(o, keep_result(o, "", NULL), sources, count, &own, &facts), done);
+    TRY_GOTO(load_images(o, keep_result(o, "", NULL), NULL, NULL, sources, count, &own, &facts),
+             done);
     status = give_result(o, &facts, result);
 done:
     free(sources);

@@ -87,11 +87,15 @@ muonshard_status manifest_write(const manifest *m, char **text, size_t *length, 
                        json_array_size(json_object_get(json, "files")) == (size_t)m->world_size;
     json_decref(json);
     const size_t size = body ? strlen(body) : 0;
-    *text = whole ? malloc(size + TAIL + 1) : NULL;
+    const bool fits = size <= MANIFEST_MOST - TAIL;
+    *text = whole && fits ? malloc(size + TAIL + 1) : NULL;
     if (!*text) {
         free(body);
+        FAIL_IF(!fits, error, MUONSHARD_ERR_ARGUMENT, MANIFEST_NAME ": %zu bytes are too many",
+                size);
         return fail(error, MUONSHARD_ERR_ARGUMENT,
-                    MANIFEST_NAME ": a name or `user` is not UTF-8, or memory is out");
+                    MANIFEST_NAME ": a name, `user` or the configuration is not UTF-8, or memory "
+                                  "is out");
     }
     /* The last brace, and the line feed before it, make room for the checksum. */
     const size_t kept = size - 2;
@@ -170,7 +174,7 @@ static muonshard_status read_members(const char *where, const json_t *json, mani
     FAIL_IF(json_integer_value(version) != MANIFEST_VERSION, error, MUONSHARD_ERR_UNSUPPORTED,
             "%s: version %lld of the format; this library reads version %d", where,
             (long long)json_integer_value(version), MANIFEST_VERSION);
-    FAIL_IF(!read_count(json_object_get(json, "step"), STATE_MOST_STEPS, &m->step) ||
+    FAIL_IF(!read_count(json_object_get(json, "step"), STEP_MOST, &m->step) ||
                 !read_count(json_object_get(json, "count"), m->step, &m->count) ||
                 !read_count(json_object_get(json, "world_size"), INT32_MAX, &ranks) || ranks == 0,
             error, MUONSHARD_ERR_FORMAT, "%s: step, count or world_size is missing or out of range",

@@ -8,7 +8,8 @@
 
 #define MANIFEST_VERSION 1
 #define MANIFEST_NAME    "manifest.json"
-#define MANIFEST_MOST    ((size_t)1 << 28) /* bytes; a larger one is refused */
+#define MANIFEST_MOST    ((size_t)1 << 28)           /* bytes; a larger one is refused */
+#define STEP_MOST        ((int64_t)1000000000000000) /* a later one was never reached */
 
 typedef struct manifest_tensor {
     const char *name, *role, *dtype; /* as text; borrowed */

@@ -134,6 +134,9 @@ muonshard_status work_plan(muonshard_optimizer *o);
 /* The arguments themselves; needs the workspace. */
 muonshard_status work_make(muonshard_optimizer *o);
 void work_free(muonshard_optimizer *o);
+/* The variance has one number a row of the array, rather than one a column. Its rows are the output
+ * features, of which `auto` asks that there are no fewer than inputs. */
+bool work_variance_by_rows(const settings *s, const view *v);
 /* Where this rank keeps the fp32 copy of the matrix in rank's slot; NULL: it has none. */
 float *work_master(const muonshard_optimizer *o, const wave *w, int rank);
 /* Which element of its tensor a shard's part begins with. */

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "fault.h"
 #include "optim/checkpoint.h"
@@ -81,6 +82,12 @@ static muonshard_status start_writer(saver *s) {
     return MUONSHARD_OK;
 }
 
+static void join_writer(saver *s) {
+    if (s->threaded)
+        pthread_join(s->thread, NULL);
+    s->threaded = false;
+}
+
 /* By the deadline the thread may hang in the file system: it keeps what it has. */
 static muonshard_status wait_writer(muonshard_optimizer *o, saver *s) {
     const double begin = now_s(), deadline = o->settings->save_timeout_s;
@@ -91,9 +98,7 @@ static muonshard_status wait_writer(muonshard_optimizer *o, saver *s) {
                 s->file, deadline);
         comm_back_off(waited);
     }
-    if (s->threaded)
-        pthread_join(s->thread, NULL);
-    s->threaded = false;
+    join_writer(s);
     FAIL_IF(s->status, &o->error, s->status, "%s", s->error.text);
     return MUONSHARD_OK;
 }
@@ -162,7 +167,7 @@ void saver_free(muonshard_optimizer *o) {
             pthread_detach(s->thread);
             return;
         }
-        pthread_join(s->thread, NULL);
+        join_writer(s);
     }
     free_staging(o, s);
     forget(s);
@@ -170,10 +175,20 @@ void saver_free(muonshard_optimizer *o) {
     o->saver = NULL;
 }
 
+/* A thread writes there, and the manifest comes later, wherever the program is by then. Own. */
+static char *absolute(const char *path) {
+    if (*path == '/')
+        return strdup(path);
+    char *here = getcwd(NULL, 0);
+    char *whole = here ? series_path(here, path) : NULL;
+    free(here);
+    return whole;
+}
+
 static muonshard_status keep_texts(muonshard_optimizer *o, saver *s, const char *directory,
                                    const muonshard_save_args *args) {
     s->keep = args->keep;
-    s->directory = strdup(directory);
+    s->directory = absolute(directory);
     s->user = strdup(args->user ? args->user : "");
     FAIL_IF(!s->directory || !s->user, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");
     return MUONSHARD_OK;
@@ -195,7 +210,17 @@ static muonshard_status agree_on_path(muonshard_optimizer *o, saver *s) {
     if (o->comm->rank != 0)
         s->path = series_path(s->directory, name);
     s->file = s->path ? series_path(s->path, file) : NULL;
-    return comm_agree(o->comm, s->file ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY, &o->error);
+    if (!s->file)
+        status = fail(&o->error, MUONSHARD_ERR_MEMORY, "out of memory");
+    return comm_agree(o->comm, status, &o->error);
+}
+
+/* Whatever a save that timed out came to later: its memory can be used again. */
+static void take_back(saver *s) {
+    if (!s->threaded || s->open || !atomic_load_explicit(&s->written, memory_order_acquire))
+        return;
+    join_writer(s);
+    forget(s);
 }
 
 static muonshard_status check_save(muonshard_optimizer *o, const char *directory,
@@ -213,11 +238,14 @@ static muonshard_status check_save(muonshard_optimizer *o, const char *directory
         o->saver = calloc(1, sizeof *o->saver);
         FAIL_IF(!o->saver, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");
     }
+    take_back(o->saver);
     FAIL_IF(o->saver->threaded && !o->saver->open, &o->error, MUONSHARD_ERR_STATE,
-            "save: an earlier one is still being written");
+            "save: %s, of one that timed out, is still being written", o->saver->file);
     return MUONSHARD_OK;
 }
 
+/* A thread writes even where it is waited for at once: what hangs in a file system can't look at a
+ * clock. */
 static muonshard_status begin_save(muonshard_optimizer *o, const char *directory,
                                    const muonshard_save_args *args) {
     saver *s = o->saver;
@@ -230,9 +258,17 @@ static muonshard_status begin_save(muonshard_optimizer *o, const char *directory
     atomic_store(&s->written, false);
     s->status = MUONSHARD_OK;
     s->open = true;
-    if (!args->defer || start_writer(s) != MUONSHARD_OK)
+    if (start_writer(s) != MUONSHARD_OK)
         run_writer(s);
     return MUONSHARD_OK;
+}
+
+/* What there is of a save that failed would only fill the disk. All ranks know that it did, or else
+ * it may be complete. */
+static void discard(muonshard_optimizer *o, const saver *s) {
+    error_text why;
+    if (o->comm->rank == 0 && !o->comm->dead && s->path && series_remove(s->path, &why))
+        comm_log(o->comm, MUONSHARD_LOG_WARNING, "%s", why.text);
 }
 
 muonshard_status muonshard_save(muonshard_optimizer *o, const char *directory,
@@ -250,10 +286,12 @@ muonshard_status muonshard_save(muonshard_optimizer *o, const char *directory,
     TRY_GOTO(checkpoint_settle(o), done);
     checkpoint_enter(o, "save");
     status = begin_save(o, directory, &own);
-    if (status)
+    if (status) {
+        discard(o, o->saver);
         forget(o->saver);
-    else if (!own.defer)
+    } else if (!own.defer) {
         status = muonshard_save_wait(o);
+    }
 done:
     checkpoint_leave(o, outside);
     return status;
@@ -283,9 +321,10 @@ done:
     return status;
 }
 
-/* Rank 0, once the files of all ranks are there. What can't be removed is no failure of the save.
- */
+/* Rank 0, once all ranks have written: what it doesn't see, in a directory that is every host's
+ * own, is no part of a checkpoint. What can't be removed is no failure of the save. */
 static muonshard_status complete(muonshard_optimizer *o, const saver *s, manifest *m) {
+    TRY(series_check_files(s->path, m, &o->error));
     const size_t size = muonshard_config_dump(o->config, NULL, 0) + 1;
     char *config = malloc(size);
     FAIL_IF(!config, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");
@@ -299,15 +338,27 @@ static muonshard_status complete(muonshard_optimizer *o, const saver *s, manifes
     return MUONSHARD_OK;
 }
 
+/* Ranks that have written wait for those whose file is late, until those have given up and said so:
+ * one slow file is an error of all, and no rank's end. */
+static muonshard_status agree_on_files(muonshard_optimizer *o, saver *s) {
+    const double deadline = o->comm->options.timeout_s;
+    const muonshard_status own = wait_writer(o, s);
+    o->comm->options.timeout_s = o->settings->save_timeout_s + o->settings->timeout_s;
+    const muonshard_status status = comm_agree(o->comm, own, &o->error);
+    o->comm->options.timeout_s = deadline;
+    return status;
+}
+
 static muonshard_status end_save(muonshard_optimizer *o, saver *s) {
     fault_point("save end");
-    TRY(comm_agree(o->comm, wait_writer(o, s), &o->error));
+    TRY(agree_on_files(o, s));
     manifest m = {.step = s->facts.step,
                   .count = s->facts.count,
                   .world_size = o->comm->size,
                   .files = calloc((size_t)o->comm->size, sizeof *m.files)};
     const manifest_file own = {s->bytes, s->hash};
-    muonshard_status status = m.files ? MUONSHARD_OK : MUONSHARD_ERR_MEMORY;
+    muonshard_status status =
+        m.files ? MUONSHARD_OK : fail(&o->error, MUONSHARD_ERR_MEMORY, "out of memory");
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
     status = comm_allgather(o->comm, &own, m.files, sizeof own);
     if (status)
@@ -337,6 +388,8 @@ muonshard_status muonshard_save_wait(muonshard_optimizer *o) {
         return MUONSHARD_OK;
     const double outside = checkpoint_enter(o, "save");
     const muonshard_status status = end_save(o, o->saver);
+    if (status)
+        discard(o, o->saver);
     if (!o->saver->threaded) /* else the file's name is the thread's still */
         forget(o->saver);
     o->saver->open = false;

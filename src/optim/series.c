@@ -99,29 +99,53 @@ static muonshard_status sync_directory(const char *path, error_text *error) {
     return MUONSHARD_OK;
 }
 
-muonshard_status series_new(const char *directory, int64_t step, char **path, error_text *error) {
-    *path = NULL;
-    if (make_directory(directory) == 0) {
-        char *parent = whole_file_directory(directory);
-        const muonshard_status status =
-            parent ? sync_directory(parent, error) : MUONSHARD_ERR_MEMORY;
-        free(parent);
-        TRY(status);
-    } else {
+/* The number after the highest there is of this step: a lower one would be taken for older. */
+static muonshard_status next_number(const char *directory, int64_t step, int64_t *number,
+                                    error_text *error) {
+    series_entry *entries;
+    size_t count, i = 0;
+    TRY(series_list(directory, &entries, &count, error));
+    while (i < count && entries[i].step != step)
+        i++;
+    *number = i < count ? entries[i].number + 1 : 1;
+    free(entries);
+    return MUONSHARD_OK;
+}
+
+static muonshard_status make_series(const char *directory, error_text *error) {
+    if (make_directory(directory) != 0) {
         FAIL_IF(errno != EEXIST, error, MUONSHARD_ERR_IO, "%s: cannot be made: %s", directory,
                 strerror(errno));
+        return MUONSHARD_OK;
     }
-    char name[64];
-    snprintf(name, sizeof name, "step-%08" PRId64, step);
-    for (int number = 2;; number++) {
+    char *parent = series_path(directory, "..");
+    FAIL_IF(!parent, error, MUONSHARD_ERR_MEMORY, "out of memory");
+    const muonshard_status status = sync_directory(parent, error);
+    free(parent);
+    return status;
+}
+
+muonshard_status series_new(const char *directory, int64_t step, char **path, error_text *error) {
+    int64_t number;
+    *path = NULL;
+    TRY(make_series(directory, error));
+    TRY(next_number(directory, step, &number, error));
+    for (;; number++) {
+        char name[64], after[24] = "";
+        if (number > 1)
+            snprintf(after, sizeof after, "-%" PRId64, number);
+        snprintf(name, sizeof name, "step-%08" PRId64 "%s", step, after);
         free(*path);
         *path = series_path(directory, name);
         FAIL_IF(!*path, error, MUONSHARD_ERR_MEMORY, "out of memory");
         if (make_directory(*path) == 0)
             return sync_directory(directory, error);
-        FAIL_IF(errno != EEXIST || number == INT32_MAX, error, MUONSHARD_ERR_IO,
-                "%s: cannot be made: %s", *path, strerror(errno));
-        snprintf(name, sizeof name, "step-%08" PRId64 "-%d", step, number);
+        if (errno != EEXIST) {
+            fail(error, MUONSHARD_ERR_IO, "%s: cannot be made: %s", *path, strerror(errno));
+            free(*path);
+            *path = NULL;
+            return MUONSHARD_ERR_IO;
+        }
     }
 }
 
@@ -175,7 +199,7 @@ muonshard_status series_read_manifest(const char *checkpoint, char **text, size_
     return status;
 }
 
-static muonshard_status check_sizes(const char *checkpoint, const manifest *m, error_text *error) {
+muonshard_status series_check_files(const char *checkpoint, const manifest *m, error_text *error) {
     for (int r = 0; r < m->world_size; r++) {
         char name[SERIES_FILE];
         struct stat info;
@@ -196,20 +220,36 @@ muonshard_status series_check(const char *checkpoint, error_text *error) {
     size_t length;
     manifest m;
     TRY(series_read_manifest(checkpoint, &text, &length, error));
-    muonshard_status status = manifest_read(checkpoint, text, length, &m, error);
+    char *where = series_path(checkpoint, MANIFEST_NAME);
+    muonshard_status status = where ? manifest_read(where, text, length, &m, error)
+                                    : fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
+    free(where);
     free(text);
     TRY(status);
-    status = check_sizes(checkpoint, &m, error);
+    status = series_check_files(checkpoint, &m, error);
     manifest_free(&m);
     return status;
 }
 
 /* ---- removing ---- */
 
+/* The end of a temporary's name: .PROCESS-ATTEMPT.tmp. Or nothing. */
+static bool is_end(const char *text) {
+    int64_t number;
+    if (!*text)
+        return true;
+    text = *text == '.' ? read_digits(text + 1, &number) : NULL;
+    text = text && *text == '-' ? read_digits(text + 1, &number) : NULL;
+    return text && strcmp(text, ".tmp") == 0;
+}
+
 static bool is_ours(const char *name) {
-    const size_t digits = strncmp(name, "rank-", 5) == 0 ? strspn(name + 5, "0123456789") : 0;
-    return (digits && strncmp(name + 5 + digits, ".safetensors", 12) == 0) ||
-           strncmp(name, MANIFEST_NAME, strlen(MANIFEST_NAME)) == 0;
+    static const char file[] = ".safetensors";
+    int64_t rank;
+    if (strncmp(name, MANIFEST_NAME, sizeof MANIFEST_NAME - 1) == 0)
+        return is_end(name + sizeof MANIFEST_NAME - 1);
+    name = strncmp(name, "rank-", 5) == 0 ? read_digits(name + 5, &rank) : NULL;
+    return name && strncmp(name, file, sizeof file - 1) == 0 && is_end(name + sizeof file - 1);
 }
 
 /* The manifest first: what is half removed is no checkpoint. */
@@ -234,7 +274,7 @@ static int remove_files(int fd) {
     return failed;
 }
 
-static muonshard_status remove_checkpoint(const char *path, error_text *error) {
+muonshard_status series_remove(const char *path, error_text *error) {
     const int fd = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     int failed = fd < 0 ? -1 : remove_files(fd);
     if (failed == 0) {
@@ -247,6 +287,24 @@ static muonshard_status remove_checkpoint(const char *path, error_text *error) {
     FAIL_IF(failed != 0, error, MUONSHARD_ERR_IO, "%s: cannot be removed: %s", path,
             strerror(code));
     return MUONSHARD_OK;
+}
+
+/* Without a manifest it never was a checkpoint. What has one goes only once `keep` newer ones are
+ * complete, however damaged it is; and never what another version of the format may be able to
+ * read. *complete counts. */
+static bool is_kept(const char *checkpoint, int keep, int *complete) {
+    error_text why;
+    char *manifest_path = series_path(checkpoint, MANIFEST_NAME);
+    const bool has_none = manifest_path && access(manifest_path, F_OK) != 0 && errno == ENOENT;
+    free(manifest_path);
+    if (has_none)
+        return false;
+    const muonshard_status status = series_check(checkpoint, &why);
+    if (status == MUONSHARD_ERR_UNSUPPORTED)
+        return true;
+    const bool kept = keep == 0 || *complete < keep;
+    *complete += kept && status == MUONSHARD_OK;
+    return kept;
 }
 
 muonshard_status series_prune(const char *directory, const char *checkpoint, int keep,
@@ -267,10 +325,8 @@ muonshard_status series_prune(const char *directory, const char *checkpoint, int
             status = fail(error, MUONSHARD_ERR_MEMORY, "out of memory");
             break;
         }
-        const bool kept = entries[i].step != newest.step && (keep == 0 || complete < keep) &&
-                          series_check(path, &why) == MUONSHARD_OK;
-        complete += kept;
-        if (!kept && remove_checkpoint(path, &why))
+        const int most = entries[i].step == newest.step ? 1 : keep;
+        if (!is_kept(path, most, &complete) && series_remove(path, &why))
             status = fail(error, MUONSHARD_ERR_IO, "%s", why.text);
         free(path);
     }

@@ -17,18 +17,22 @@ typedef struct series_entry {
 muonshard_status series_list(const char *directory, series_entry **entries, size_t *count,
                              error_text *error);
 /* A new directory for a checkpoint of this step; `directory` is made too where it isn't there. Own
- * path. ERR_IO, ERR_MEMORY. */
+ * path; NULL: nothing was made. ERR_IO, ERR_MEMORY. */
 muonshard_status series_new(const char *directory, int64_t step, char **path, error_text *error);
 /* The text of the manifest in `checkpoint`; own [*length]. ERR_IO: none, or unreadable. */
 muonshard_status series_read_manifest(const char *checkpoint, char **text, size_t *length,
                                       error_text *error);
+/* Every file of the manifest has its size. ERR_IO, ERR_FORMAT. */
+muonshard_status series_check_files(const char *checkpoint, const manifest *m, error_text *error);
 /* The manifest is sound, and every file has its size. ERR_IO, ERR_FORMAT, ERR_UNSUPPORTED. */
 muonshard_status series_check(const char *checkpoint, error_text *error);
-/* After `checkpoint`, of `directory`, has become complete: what is older goes, but for the newest
- * `keep` that are complete, it included (0: all of them); and what is of the same step. Only files
- * of ours are removed. What can't be is left, and named. */
+/* After `checkpoint`, of `directory`, has become complete: what is older goes, where it has no
+ * manifest, or is older than the newest `keep` that are complete, it included (0: all of them); and
+ * what is of the same step. Only files of ours are removed. What can't be is left, and named. */
 muonshard_status series_prune(const char *directory, const char *checkpoint, int keep,
                               error_text *error);
+/* The checkpoint, or what there is of it. Only files of ours are removed. ERR_IO. */
+muonshard_status series_remove(const char *checkpoint, error_text *error);
 
 /* The file of a rank: [SERIES_FILE]. */
 #define SERIES_FILE 32

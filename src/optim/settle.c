@@ -137,8 +137,10 @@ muonshard_status settle_until(muonshard_optimizer *o, int64_t step) {
             TRY(look(o, next, &over));
             if (!over && waited > deadline)
                 return time_out(o, next, deadline);
-            if (!over)
+            if (!over) {
+                comm_beat(o->data);
                 comm_back_off(waited);
+            }
         }
         TRY(account(o, next));
     }
@@ -160,8 +162,10 @@ void settle_idle(muonshard_optimizer *o) {
             status = o->backend->streams->stamp_passed(o->backend, idle, &passed);
             if (!passed && now_s() - begin > deadline)
                 comm_time_out(o->data, deadline);
-            if (!passed)
+            if (!passed) {
+                comm_beat(o->data);
                 comm_back_off(now_s() - begin);
+            }
         }
     }
 }

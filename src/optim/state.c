@@ -166,6 +166,48 @@ muonshard_status state_wanted(const muonshard_optimizer *o, bool params, state_l
     return MUONSHARD_OK;
 }
 
+/* ---- how much it is, of ranks that need not be there ---- */
+
+static size_t master_bytes(const settings *s, muonshard_dtype dtype) {
+    return registry_master(s, dtype) == MASTER_NONE ? 0 : sizeof(float);
+}
+
+static size_t view_bytes(const view *v, const tensor *t, const settings *s) {
+    const size_t element = dtype_size(t->dtype) + dtype_size((muonshard_dtype)s->momentum_dtype) +
+                           master_bytes(s, t->dtype);
+    const size_t variance =
+        s->variance == VARIANCE_NONE
+            ? 0
+            : (size_t)(work_variance_by_rows(s, v) ? v->rows : v->cols) * sizeof(float);
+    return view_elements(v) * element + variance;
+}
+
+/* An element-wise tensor, over the ranks whose shards it is in. */
+static void add_flat_bytes(const tensor *t, size_t at, const plan *p, const settings *s,
+                           size_t *bytes) {
+    const size_t element = dtype_size(t->dtype) + master_bytes(s, t->dtype) +
+                           (s->elementwise == ELEMENTWISE_ADAMW ? 2 : 1) * sizeof(float);
+    for (size_t left = t->elements; left > 0;) {
+        const size_t rank = at / p->flat_shard, room = (rank + 1) * p->flat_shard - at;
+        const size_t here = left < room ? left : room;
+        bytes[rank] += here * element;
+        at += here;
+        left -= here;
+    }
+}
+
+void state_bytes(const registry *r, const plan *p, const settings *s, size_t *bytes) {
+    for (size_t i = 0; i < r->view_count; i++)
+        bytes[p->view_owner[i]] += view_bytes(&r->views[i], &r->tensors[r->views[i].tensor], s);
+    for (size_t i = 0; i < r->tensor_count; i++) {
+        const tensor *t = &r->tensors[i];
+        if (t->role == MUONSHARD_ROLE_ELEMENTWISE)
+            add_flat_bytes(t, p->flat_offset[i], p, s, bytes);
+        else if (t->role == MUONSHARD_ROLE_FROZEN)
+            bytes[i % (size_t)p->world_size] += t->elements * dtype_size(t->dtype);
+    }
+}
+
 void state_free(state_list *list) {
     free(list->slices);
     *list = (state_list){NULL, 0};

@@ -13,9 +13,6 @@
     X(STATE_ADAM_M, "adam_m")     /* fp32 */                                                       \
     X(STATE_ADAM_V, "adam_v")     /* fp32 */
 
-/* Steps a state can be after: numbers of as many digits as names of checkpoints may have. */
-#define STATE_MOST_STEPS ((int64_t)999999999999999999)
-
 typedef enum state_kind {
 #define STATE_ENUM(name, text) name,
     STATE_MAP(STATE_ENUM)
@@ -50,8 +47,11 @@ muonshard_status state_owned(const muonshard_optimizer *o, state_list *list, err
 muonshard_status state_wanted(const muonshard_optimizer *o, bool params, state_list *list,
                               error_text *error);
 void state_free(state_list *list);
+/* bytes [world_size] += what each rank's slices take. */
+void state_bytes(const registry *r, const plan *p, const settings *s, size_t *bytes);
 
-/* What has to be the same in a checkpoint and here: name, role, form, dtype and shape of all. */
+/* What has to be the same in a checkpoint and here: name, role, dtype and shape of all. Matrices
+ * may be made of them in another way: momentum has an element for each of the parameter. */
 uint64_t state_tensors_hash(const registry *r);
 
 #endif

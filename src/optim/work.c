@@ -41,9 +41,7 @@ muonshard_status work_plan(muonshard_optimizer *o) {
     return MUONSHARD_OK;
 }
 
-/* The variance has one number a row of the array, rather than one a column. Its rows are the output
- * features, of which `auto` asks that there are no fewer than inputs. */
-static bool variance_by_rows(const settings *s, const view *v) {
+bool work_variance_by_rows(const settings *s, const view *v) {
     const bool turned = s->layout == LAYOUT_IN_OUT;
     const int64_t r = turned ? v->cols : v->rows, c = turned ? v->rows : v->cols;
     const bool by_outputs = s->variance_axis == VARIANCE_AXIS_ROWS || r >= c;
@@ -70,7 +68,7 @@ static apply_item apply_view(const muonshard_optimizer *o, const wave *w, int ra
                         .u = u,
                         .u_dtype = u_dtype,
                         .factor = varied ? factor : NULL,
-                        .by_rows = variance_by_rows(o->settings, v),
+                        .by_rows = work_variance_by_rows(o->settings, v),
                         .rows = v->rows,
                         .cols = v->cols,
                         .scale = v->scale,
@@ -102,7 +100,7 @@ static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, s
                                         .factor = m->factors + w->variance_offset,
                                         .rows = v->rows,
                                         .cols = v->cols,
-                                        .by_rows = variance_by_rows(o->settings, v),
+                                        .by_rows = work_variance_by_rows(o->settings, v),
                                         .tensor = v->tensor};
 }
 

@@ -68,12 +68,12 @@ build() {
         fi
         libs="$mpi_libs -lopenblas -lyaml -lxxhash -ljansson -lcmocka -lpthread -ldl -lm"
         more=$(compile tests/oracle.c tests/oracle_optimizer.c tests/oracle_pair.c tests/ns_fixture.c tests/mirror_backend.c \
-            tests/elementwise_fixture.c tests/device_images.c tests/step_rig.c tests/comm_threads.c tests/comm_contract.c) || return
+            tests/elementwise_fixture.c tests/device_images.c tests/step_rig.c tests/ranks_fixture.c tests/checkpoint_fixture.c tests/comm_threads.c tests/comm_contract.c) || return
         ar rcs $out/libtests.a $more && ar rcs $out/libcore.a $core || return
         gpt=$(compile $(ls launch/gpt/*.c | grep -v gpt_cuda)) || return
         ar rcs $out/libgpt.a $gpt || return
         for name in elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules \
-            device_mpi comm_device trace gpt_device; do
+            device_mpi comm_device trace gpt_device checkpoint; do
             gcc -o $out/test_$name $(compile tests/test_$name.c) $out/libtests.a $out/libgpt.a $out/libcore.a $libs || return
         done
         gcc -o $out/muonshard $(compile launch/*.c $(ls launch/gpt/*.c | grep -v gpt_cuda)) $out/libcore.a $libs || return
@@ -105,6 +105,17 @@ same_losses() {
     paste <(losses $out/train-host.jsonl) <(losses $out/train-cuda.jsonl) |
         awk '{ d = ($1 - $2) / $1; if (d < 0) d = -d; if (!(d < 2e-6) || NF != 2) bad = 1; if (d > most) most = d }
             END { printf "losses differ by %.1e\n", most; exit bad }'
+}
+# Saved after 5 of 10 steps and continued: to the bit what went on without a stop.
+continued() {
+    local keys="train.save=$out/saved train.save_every=5 train.keep=0 train.log=$out/train-continued.jsonl"
+    rm -rf $out/saved
+    # shellcheck disable=SC2086 # words they are
+    $out/muonshard train configs/quickstart.yaml backend=cuda preset=moonlight ns_dtype=fp32 train.steps=10 train.warmup=2 \
+        train.eval_every=5 data.files='docs/*.md' $keys && rm -r $out/saved/step-00000010 &&
+        $out/muonshard train configs/quickstart.yaml backend=cuda preset=moonlight ns_dtype=fp32 train.steps=10 train.warmup=2 \
+            train.eval_every=5 data.files='docs/*.md' $keys --resume auto || return
+    grep -q resumed_after $out/train-continued.jsonl && diff <(losses $out/train-cuda.jsonl) <(losses $out/train-continued.jsonl)
 }
 # Not of this project, for comparison: a step of torch.optim.Muon in bf16, by shape.
 torch_muon() {
@@ -150,6 +161,7 @@ MUONSHARD_TEST_ONLY='test_sums_of_integers' part integers_np4 ranks_on_card 4 $o
 MUONSHARD_TEST_RANKS=$(nvidia-smi -L | wc -l) part test_comm_device on_card $out/test_comm_device
 # Likewise threads, on one device: NCCL refuses them, and what is traced goes through memory of the host.
 MUONSHARD_TEST_SHARE=1 part test_trace on_card $out/test_trace
+MUONSHARD_TEST_SHARE=1 MUONSHARD_TEST_ONLY=same_ranks part test_checkpoint on_card $out/test_checkpoint
 part test_gpt_device on_card $out/test_gpt_device
 if command -v compute-sanitizer >/dev/null; then
     for name in elementwise backend_data matrix_update newton_schulz gpt_device; do
@@ -167,6 +179,7 @@ for backend in host cuda; do
     part train_$backend train $backend
 done
 part same_losses same_losses
+part continued continued
 if python3 -c 'import sys, torch; sys.exit(not (torch.cuda.is_available() and hasattr(torch.optim, "Muon")))' 2>/dev/null; then
     part torch_muon torch_muon
     cat $out/log/torch_muon >>$out/summary
