@@ -101,7 +101,7 @@ static void test_load_errors(void **state) {
          "<string>:1: nested too deeply"},
         {"groups: [[a]]\n", "<string>:1: a list in a list"},
         {"groups: [\"a\\nb\"]\n", "<string>:1: an item of a list must be one line"},
-        {"groups: \"a\\nb\"\n", "<string>:1: groups: found 'a\nb', expected a list of UTF-8 text, "
+        {"groups: \"a\\nb\"\n", "<string>:1: groups: found 'a?b', expected a list of UTF-8 text, "
                                 "an item a line"},
         {"groups:\n  - {}\n", "<string>:2: an empty mapping in a list"},
         {"groups:\n  - a: {b: c}\n",
@@ -141,7 +141,7 @@ static void test_set_errors(void **state) {
         {"name", "\xed\xa0\x80",
          "'name=\xed\xa0\x80': name: found '\xed\xa0\x80', expected UTF-8 text"},
         {"groups", "a\nb",
-         "'groups=a\nb': groups: found 'a\nb', expected a list of UTF-8 text, an item a line"},
+         "'groups=a?b': groups: found 'a?b', expected a list of UTF-8 text, an item a line"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; ++i)
         assert_refused_set(MUONSHARD_ERR_CONFIG, cases[i][0], cases[i][1], cases[i][2]);
