@@ -203,6 +203,14 @@ static void test_files(void **state) {
     memset(text, '#', large);
     check_file(text, large - 1, MUONSHARD_OK, NULL);
     check_file(text, large, MUONSHARD_ERR_CONFIG, "%s: larger than 1048576 bytes");
+
+    /* Each key of it is compared with those before: a megabyte of them took a minute. */
+    size_t length = 0;
+    length += (size_t)sprintf(text, "groups:\n  - {");
+    for (int i = 0; i < 65; i++)
+        length += (size_t)sprintf(text + length, "a%d: 1, ", i);
+    length += (size_t)sprintf(text + length, "}\n");
+    check_file(text, length, MUONSHARD_ERR_CONFIG, "%s:2: a mapping in a list has too many keys");
     free(text);
 
     muonshard_config *config = config_fresh();
