@@ -107,3 +107,81 @@ uint64_t travel(journey *j, int ranks, const rig_case *setup) {
     }
     return out.digest[0];
 }
+
+/* ---- sessions ---- */
+
+char latest_warning[1024];
+static char wrong[MAX_RANKS][1024];
+
+bool expect(int rank, bool fine, const char *what, int line) {
+    if (!fine && !wrong[rank][0])
+        snprintf(wrong[rank], sizeof wrong[rank], "rank %d, line %d: not so: %s", rank, line, what);
+    return fine;
+}
+
+bool expect_status(rig *r, muonshard_status status, muonshard_status wanted, const char *part,
+                   int line) {
+    const int rank = muonshard_comm_rank(r->comm);
+    const char *text = muonshard_last_error(r->optimizer);
+    const bool fine = status == wanted && (status == MUONSHARD_OK || strstr(text, part));
+    if (!fine && !wrong[rank][0])
+        snprintf(wrong[rank], sizeof wrong[rank],
+                 "rank %d, line %d: wanted %d with '%.300s'; %d '%.600s'", rank, line, wanted, part,
+                 status, text);
+    return fine;
+}
+
+/* Rank 0's thread is the only one that warns. */
+static void keep_warning(void *user, muonshard_log_level level, const char *message) {
+    (void)user;
+    if (level == MUONSHARD_LOG_WARNING)
+        snprintf(latest_warning, sizeof latest_warning, "%s", message);
+}
+
+void session(int ranks, const rig_case *setup, void (*what)(rig *r, outcome *out)) {
+    outcome out = {.setup = {setup}, .between = what};
+    threads_options options = THREADS_OPTIONS_INIT;
+    options.comm.log = keep_warning;
+    memset(wrong, 0, sizeof wrong);
+    assert_int_equal(threads_run_with(&options, ranks, ranks_run, &out), MUONSHARD_OK);
+    for (int r = 0; r < ranks; r++) {
+        if (wrong[r][0])
+            fail_msg("%s", wrong[r]);
+        if (out.status[r] != MUONSHARD_OK)
+            fail_msg("rank %d: %s", r, out.message[r]);
+    }
+}
+
+/* ---- files ---- */
+
+bytes bytes_of(const char *path) {
+    bytes b = {NULL, 0};
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        return b;
+    fseek(file, 0, SEEK_END);
+    const long size = ftell(file);
+    rewind(file);
+    b.data = calloc((size_t)size + 1, 1);
+    b.count = fread(b.data, 1, (size_t)size, file);
+    fclose(file);
+    return b;
+}
+
+bool put_bytes(const char *path, const char *data, size_t count) {
+    FILE *file = fopen(path, "wb");
+    const bool whole = file && fwrite(data, 1, count, file) == count;
+    return file && fclose(file) == 0 && whole;
+}
+
+const rig_tensor small_model[] = {
+    {RIG_TENSOR("w", MUONSHARD_ROLE_MATRIX, 2, 8, 6)},
+    {RIG_TENSOR("blocks:attention:0", MUONSHARD_ROLE_MATRIX, 3, 3, 4, 4)},
+    {RIG_TENSOR("gain", MUONSHARD_ROLE_ELEMENTWISE, 1, 5)},
+    {RIG_TENSOR("steady", MUONSHARD_ROLE_FROZEN, 2, 2, 2)},
+};
+const size_t small_count = sizeof small_model / sizeof small_model[0];
+
+rig_case small_case(const char *yaml) {
+    return (rig_case){.tensors = small_model, .count = small_count, .yaml = yaml};
+}

@@ -38,4 +38,34 @@ uint64_t travel(journey *j, int ranks, const rig_case *setup);
 /* "directory/name", in one of some buffers. */
 const char *in_directory(const char *name);
 
+/* ---- what threads find, the main thread asserts ---- */
+
+/* Ranks that run `what`, each with a rig; fails with the first thing a rank found wrong. */
+void session(int ranks, const rig_case *setup, void (*what)(rig *r, outcome *out));
+/* In a rank of a session; `rank` is in scope. */
+#define EXPECT(condition) expect(rank, (condition), #condition, __LINE__)
+bool expect(int rank, bool fine, const char *what, int line);
+/* With what came of the latest call, and in its text. */
+#define EXPECT_STATUS(status, wanted, part) expect_status(r, (status), (wanted), (part), __LINE__)
+bool expect_status(rig *r, muonshard_status status, muonshard_status wanted, const char *part,
+                   int line);
+/* The latest warning that rank 0 gave in this session; to be set to "" between. */
+extern char latest_warning[1024];
+
+/* ---- files ---- */
+
+typedef struct bytes {
+    char *data; /* own */
+    size_t count;
+} bytes;
+
+/* Of a file; data NULL: it can't be read. */
+bytes bytes_of(const char *path);
+bool put_bytes(const char *path, const char *data, size_t count);
+
+/* Matrices of all kinds, element-wise and frozen; names with colons. Small. */
+extern const rig_tensor small_model[];
+extern const size_t small_count;
+rig_case small_case(const char *yaml);
+
 #endif
