@@ -131,6 +131,12 @@ bool expect_status(rig *r, muonshard_status status, muonshard_status wanted, con
     return fine;
 }
 
+void assert_session_fine(void) {
+    for (int r = 0; r < MAX_RANKS; r++)
+        if (wrong[r][0])
+            fail_msg("%s", wrong[r]);
+}
+
 /* Rank 0's thread is the only one that warns. */
 static void keep_warning(void *user, muonshard_log_level level, const char *message) {
     (void)user;
@@ -144,12 +150,10 @@ void session(int ranks, const rig_case *setup, void (*what)(rig *r, outcome *out
     options.comm.log = keep_warning;
     memset(wrong, 0, sizeof wrong);
     assert_int_equal(threads_run_with(&options, ranks, ranks_run, &out), MUONSHARD_OK);
-    for (int r = 0; r < ranks; r++) {
-        if (wrong[r][0])
-            fail_msg("%s", wrong[r]);
+    assert_session_fine();
+    for (int r = 0; r < ranks; r++)
         if (out.status[r] != MUONSHARD_OK)
             fail_msg("rank %d: %s", r, out.message[r]);
-    }
 }
 
 /* ---- files ---- */

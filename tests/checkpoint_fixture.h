@@ -42,6 +42,8 @@ const char *in_directory(const char *name);
 
 /* Ranks that run `what`, each with a rig; fails with the first thing a rank found wrong. */
 void session(int ranks, const rig_case *setup, void (*what)(rig *r, outcome *out));
+/* Of expectations outside of sessions. */
+void assert_session_fine(void);
 /* In a rank of a session; `rank` is in scope. */
 #define EXPECT(condition) expect(rank, (condition), #condition, __LINE__)
 bool expect(int rank, bool fine, const char *what, int line);

@@ -140,8 +140,12 @@ muonshard_status series_new(const char *directory, int64_t step, char **path, er
         FAIL_IF(!*path, error, MUONSHARD_ERR_MEMORY, "out of memory");
         if (make_directory(*path) == 0)
             return sync_directory(directory, error);
-        FAIL_IF(errno != EEXIST, error, MUONSHARD_ERR_IO, "%s: cannot be made: %s", *path,
-                strerror(errno));
+        if (errno != EEXIST) {
+            fail(error, MUONSHARD_ERR_IO, "%s: cannot be made: %s", *path, strerror(errno));
+            free(*path);
+            *path = NULL;
+            return MUONSHARD_ERR_IO;
+        }
     }
 }
 

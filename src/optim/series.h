@@ -17,7 +17,7 @@ typedef struct series_entry {
 muonshard_status series_list(const char *directory, series_entry **entries, size_t *count,
                              error_text *error);
 /* A new directory for a checkpoint of this step; `directory` is made too where it isn't there. Own
- * path. ERR_IO, ERR_MEMORY. */
+ * path; NULL: nothing was made. ERR_IO, ERR_MEMORY. */
 muonshard_status series_new(const char *directory, int64_t step, char **path, error_text *error);
 /* The text of the manifest in `checkpoint`; own [*length]. ERR_IO: none, or unreadable. */
 muonshard_status series_read_manifest(const char *checkpoint, char **text, size_t *length,

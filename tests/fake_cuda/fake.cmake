@@ -61,6 +61,7 @@ endforeach()
 fake_test(ranks_rules ENVIRONMENT FAKE_CUDA_PROTECT=0)
 fake_test(checkpoint ENVIRONMENT FAKE_CUDA_PROTECT=0)
 fake_test(checkpoint_errors ENVIRONMENT FAKE_CUDA_PROTECT=0)
+fake_test(checkpoint_failures ENVIRONMENT FAKE_CUDA_PROTECT=0)
 fake_test(trace TEST trace_staged_fake_cuda
   ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_DEVICES=1;FAKE_NCCL_REFUSE=1;MUONSHARD_TEST_SHARE=1")
 fake_test(ranks_rules TEST ranks_rules_early_fake_cuda ENVIRONMENT "FAKE_CUDA_PROTECT=0;FAKE_CUDA_SEED=3")
