@@ -87,6 +87,7 @@ static size_t inflicted;
 static bool try_loading(rig *r, const damage *d) {
     const int rank = muonshard_comm_rank(r->comm);
     muonshard_load_result result = MUONSHARD_LOAD_RESULT_INIT;
+    rig_pull(r);
     const uint64_t before = rig_digest(r);
     bool fine =
         EXPECT_STATUS(muonshard_load(r->optimizer, in_directory("step-00000002"), NULL, NULL),
