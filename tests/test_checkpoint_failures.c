@@ -568,6 +568,20 @@ static void defer_all(rig *r, outcome *out) {
     EXPECT(rig_digest(r) != saved);
 }
 
+/* The program goes elsewhere before a deferred save is complete. */
+static void leave_directory(rig *r, outcome *out) {
+    (void)out;
+    const int rank = muonshard_comm_rank(r->comm);
+    muonshard_save_args args = MUONSHARD_SAVE_ARGS_INIT;
+    args.defer = 1;
+    step(r);
+    EXPECT_STATUS(muonshard_save(r->optimizer, "relative", &args), MUONSHARD_OK, "");
+    threads_barrier(r->comm);
+    EXPECT(rank != 0 || chdir("/") == 0);
+    threads_barrier(r->comm);
+    EXPECT_STATUS(muonshard_save_wait(r->optimizer), MUONSHARD_OK, "");
+}
+
 static void before_commit(muonshard_comm *comm, void *arg) {
     rig *const r = arg;
     const int rank = muonshard_comm_rank(comm);
@@ -604,6 +618,10 @@ static void calls(void **state) {
     checkpoint_empty();
     session(RANKS, &setup, defer_all);
     assert_listing("-type d", "./step-00000004 ");
+    checkpoint_empty();
+    assert_int_equal(chdir(checkpoint_directory), 0);
+    session(RANKS, &setup, leave_directory);
+    assert_listing("-name manifest.json", "./relative/step-00000001/manifest.json ");
     assert_int_equal(threads_run(1, before_commit, &alone), MUONSHARD_OK);
     assert_session_fine();
 }

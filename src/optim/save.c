@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "fault.h"
 #include "optim/checkpoint.h"
@@ -174,10 +175,20 @@ void saver_free(muonshard_optimizer *o) {
     o->saver = NULL;
 }
 
+/* A thread writes there, and the manifest comes later, wherever the program is by then. Own. */
+static char *absolute(const char *path) {
+    if (*path == '/')
+        return strdup(path);
+    char *here = getcwd(NULL, 0);
+    char *whole = here ? series_path(here, path) : NULL;
+    free(here);
+    return whole;
+}
+
 static muonshard_status keep_texts(muonshard_optimizer *o, saver *s, const char *directory,
                                    const muonshard_save_args *args) {
     s->keep = args->keep;
-    s->directory = strdup(directory);
+    s->directory = absolute(directory);
     s->user = strdup(args->user ? args->user : "");
     FAIL_IF(!s->directory || !s->user, &o->error, MUONSHARD_ERR_MEMORY, "out of memory");
     return MUONSHARD_OK;
