@@ -235,6 +235,11 @@ FORMULA bool tensor_is_active(const resolve_args *a, size_t tensor) {
     return present || !a->skip_if_absent[tensor];
 }
 
+/* A gradient that is longer is brought down to it: its squares, which AdamW keeps, and momentum, a
+ * million times as large, are numbers of fp32 then. State that became infinite would stay so, and
+ * what it belongs to would move no more. */
+#define LONGEST_GRADIENT 0x1p63
+
 /* `sum`: of squares, unscaled. A difference between ranks counts as a failure like any other. */
 FORMULA void resolve_record(const resolve_args *a, double sum) {
     int status;
@@ -248,13 +253,13 @@ FORMULA void resolve_record(const resolve_args *a, double sum) {
     double clip = 1.0;
     if (a->clip_norm > 0.0 && norm + 1e-6 > a->clip_norm)
         clip = a->clip_norm / (norm + 1e-6);
+    const double factor = fmin(clip, LONGEST_GRADIENT / norm) * a->scale;
     record->failed = failed;
     record->status = status;
-    /* Not only finite: no element may overflow fp32 once it is scaled. */
-    record->skip = failed || !(norm <= (double)FLT_MAX);
+    record->skip = failed || !(norm <= DBL_MAX && factor <= (double)FLT_MAX);
     record->grad_norm = norm;
     record->clip_factor = (float)clip;
-    record->grad_factor = (float)(clip * a->scale);
+    record->grad_factor = (float)factor;
     record->count += record->skip ? 0 : 1;
 }
 
