@@ -55,7 +55,8 @@ extern "C" {
     X(-9, ERR_COMM, "communication failed")                                                        \
     X(-10, ERR_UNAVAILABLE, "backend or library not available")                                    \
     X(-11, ERR_UNSUPPORTED, "not supported")                                                       \
-    X(-12, ERR_INTERNAL, "internal error")
+    X(-12, ERR_INTERNAL, "internal error")                                                         \
+    X(-13, ERR_DIVERGED, "gradients are not finite, step after step")
 
 typedef enum muonshard_status {
 #define MUONSHARD_STATUS_ENUM(value, name, text) MUONSHARD_##name = (value),

@@ -14,8 +14,6 @@
 #include "routing.h"
 #include "step_values.h"
 
-enum { MAX_SKIPPED = 20 }; /* in a row, before the run is given up */
-
 static const command_usage train_usage = {
     .name = "train",
     .synopsis = "CONFIG [key=value...]",
@@ -341,7 +339,7 @@ static muonshard_status one_step(trainer *t, int64_t step, train_step_report *ou
 static muonshard_status train(trainer *t) {
     const train_settings *s = &t->settings;
     double begin = command_now_s();
-    int skipped_in_a_row = 0;
+    int64_t skipped_in_a_row = 0;
     for (int64_t step = 1; step <= s->steps; step++) {
         train_step_report report = {.val_loss = NAN};
         muonshard_status status = one_step(t, step, &report);
@@ -353,11 +351,11 @@ static muonshard_status train(trainer *t) {
         report.time_s = command_now_s() - begin;
         t->local = train_report_step(t->report, &report, t->message);
         skipped_in_a_row = report.skipped ? skipped_in_a_row + 1 : 0;
-        if (skipped_in_a_row == MAX_SKIPPED)
-            return command_told(&t->cmd, MUONSHARD_ERR_STATE,
-                                "step %" PRId64 ": %d steps in a row were skipped because a "
-                                "gradient was NaN or infinite; a lower learning rate may help",
-                                step, MAX_SKIPPED);
+        if (s->max_skipped && skipped_in_a_row == s->max_skipped)
+            return command_told(&t->cmd, MUONSHARD_ERR_DIVERGED,
+                                "step %" PRId64 ": %" PRId64 " steps in a row were skipped because "
+                                "a gradient was NaN or infinite; a lower learning rate may help",
+                                step, skipped_in_a_row);
     }
     muonshard_status status = command_agree(&t->cmd, t->local, t->message);
     muonshard_stats_info stats = MUONSHARD_STATS_INIT;
