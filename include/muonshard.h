@@ -411,8 +411,8 @@ typedef struct muonshard_step_result_info {
     int64_t count;      /* steps taken, skipped ones left out */
     int skipped;        /* a gradient was NaN or infinite somewhere: nothing changed anywhere */
     double grad_norm;   /* of the whole gradient after grad_scale and reduction, before clipping */
-    double clip_factor; /* min(1, clip_norm / (grad_norm + 1e-6)); a norm above 2^63 is brought down
-                           to that beside it */
+    double clip_factor; /* min(1, clip_norm / (grad_norm + 1e-6)); a norm above 2^110 is brought
+                           down to that beside it */
 } muonshard_step_result_info;
 #define MUONSHARD_STEP_RESULT_INIT                                                                 \
     { sizeof(muonshard_step_result_info), 0, 0, 0, 0.0, 0.0 }

@@ -230,10 +230,10 @@ static void test_resolve_of_totals(void **state) {
     release();
 }
 
-/* A norm no square of fp32 can have: down to 2^63, whatever clip_norm and the scale are. */
+/* Down to 2^110, whatever clip_norm and the scale are. */
 static void test_resolve_long_gradients(void **state) {
     (void)state;
-    const double norms[] = {1e19, 1e30, 4.0 * FLT_MAX};
+    const double norms[] = {1e30, 1e34, FLT_MAX};
     for (size_t k = 0; k < 3; k++)
         for (int clips = 0; clips < 2; clips++) {
             agreement a = agreement_of(2, 3, 13);
@@ -245,7 +245,8 @@ static void test_resolve_long_gradients(void **state) {
             assert_true(!a.record->skip && a.record->count == 12 && norm >= 0.49 * norms[k]);
             assert_true(a.record->clip_factor ==
                         (clips && norm > 1e25 ? (float)(1e25 / (norm + 1e-6)) : 1.0F));
-            assert_true(a.record->grad_factor == (float)(fmin(1.0, 0x1p63 / norm) * 0.5));
+            assert_true(a.record->grad_factor ==
+                        (float)(fmin(a.record->clip_factor, 0x1p110 / norm) * 0.5));
             release();
         }
 }
@@ -275,12 +276,13 @@ static void test_resolve_failures(void **state) {
                     (cases[k].status ? cases[k].status : (double)MUONSHARD_ERR_MISMATCH));
         release();
     }
-    /* What is not finite is skipped and no failure; as is a scale that is none of fp32. */
-    const double sums[] = {NAN, INFINITY, 1.0};
-    for (size_t k = 0; k < 3; k++) {
+    /* What is not finite, or would not be in fp32, is skipped and no failure; so is such a scale.
+     */
+    const double sums[] = {NAN, INFINITY, (double)FLT_MAX * FLT_MAX * 17.0, 1.0};
+    for (size_t k = 0; k < 4; k++) {
         agreement a = agreement_of(2, 3, 13);
         a.words[a.sum_index[5]] = sums[k];
-        a.args.scale = k == 2 ? 1e40 : a.args.scale;
+        a.args.scale = k == 3 ? 1e40 : a.args.scale;
         run_resolve(&a);
         assert_true(a.record->skip && !a.record->failed && a.record->count == 11);
         release();

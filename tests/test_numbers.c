@@ -262,7 +262,7 @@ static const sum_case sums[] = {
     {STACK, 3e38F, 3e38F, 0.0F, {0, 0, 1, 1, 1}, false},
     {STACK, 3e38F, -3e38F, 0.0F, {0, 0, 0, 0, 1}, true}, /* 3, 0, -3, -6 */
     {TALL, 65504.0F, 65504.0F, 65504.0F, {0}, false},
-    {STACK, 3e38F, 0.0F, 3e38F, {0}, false}, /* the norm is no number of fp32, the sums are */
+    {STACK, 3e38F, 0.0F, 3e38F, {0, 1}, false}, /* the norm is no number of fp32, the sums are */
 };
 
 typedef struct sum_run {
