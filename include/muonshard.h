@@ -55,7 +55,8 @@ extern "C" {
     X(-9, ERR_COMM, "communication failed")                                                        \
     X(-10, ERR_UNAVAILABLE, "backend or library not available")                                    \
     X(-11, ERR_UNSUPPORTED, "not supported")                                                       \
-    X(-12, ERR_INTERNAL, "internal error")
+    X(-12, ERR_INTERNAL, "internal error")                                                         \
+    X(-13, ERR_DIVERGED, "gradients are not finite, step after step")
 
 typedef enum muonshard_status {
 #define MUONSHARD_STATUS_ENUM(value, name, text) MUONSHARD_##name = (value),
@@ -413,7 +414,8 @@ typedef struct muonshard_step_result_info {
     int64_t count;      /* steps taken, skipped ones left out */
     int skipped;        /* a gradient was NaN or infinite somewhere: nothing changed anywhere */
     double grad_norm;   /* of the whole gradient after grad_scale and reduction, before clipping */
-    double clip_factor; /* min(1, clip_norm / (grad_norm + 1e-6)) */
+    double clip_factor; /* min(1, clip_norm / (grad_norm + 1e-6)); a norm above 2^110 is brought
+                           down to that beside it */
 } muonshard_step_result_info;
 #define MUONSHARD_STEP_RESULT_INIT                                                                 \
     { sizeof(muonshard_step_result_info), 0, 0, 0, 0.0, 0.0 }
