@@ -35,7 +35,9 @@ static inline muonshard_status fuzz_status(muonshard_status status, const char *
 
 /* The bytes as a file without a name; the path is good until the next call. */
 const char *fuzz_file(const uint8_t *data, size_t size);
-/* A path at which a file can be written, in a directory that goes when the program ends. */
-const char *fuzz_new_file(void);
+void fuzz_write(const char *path, const void *data, size_t size);
+/* A directory that goes when the program ends; and with nothing in it. */
+const char *fuzz_directory(void);
+const char *fuzz_empty_directory(void);
 
 #endif

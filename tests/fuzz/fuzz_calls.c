@@ -28,6 +28,9 @@ typedef struct session {
     bool tame; /* no value so far that can make a parameter infinite */
     buffers tensors[MOST_TENSORS];
     int tensor_count;
+    bool directory; /* for checkpoints: it was emptied for this input */
+    void *image;    /* own, [image_bytes]: of some state; or NULL */
+    size_t image_bytes;
 } session;
 
 /* ---- numbers from bytes ---- */
@@ -350,6 +353,15 @@ static void check_result(session *s, bool usual) {
         FUZZ_CHECK(r.skipped == !gradients_finite(s));
 }
 
+/* One that was deferred ends in the next call of a step, a save or a load; what that does itself
+ * comes after. */
+static void finish_step(session *s) {
+    muonshard_step_result_info r = MUONSHARD_STEP_RESULT_INIT;
+    if (s->committed)
+        outcome(s, muonshard_step_result(s->optimizer, 0, 1, &r));
+    keep_params(s);
+}
+
 static void step(session *s) {
     muonshard_step_args a = MUONSHARD_STEP_ARGS_INIT;
     muonshard_group_args groups[2] = {MUONSHARD_GROUP_ARGS_INIT, MUONSHARD_GROUP_ARGS_INIT};
@@ -374,11 +386,7 @@ static void step(session *s) {
     }
     a.defer = b >= 192;
     a.size = b % 2 ? odd_size(s, sizeof a) : sizeof a;
-    /* A step deferred before ends in this call. */
-    muonshard_step_result_info r = MUONSHARD_STEP_RESULT_INIT;
-    if (s->committed)
-        outcome(s, muonshard_step_result(s->optimizer, 0, 1, &r));
-    keep_params(s);
+    finish_step(s);
     const muonshard_status status = outcome(s, muonshard_step(s->optimizer, b == 64 ? NULL : &a));
     if (status != MUONSHARD_OK)
         check_unchanged(s);
@@ -400,6 +408,10 @@ static void tensor_wait(session *s) {
     outcome(s, muonshard_tensor_wait(s->optimizer, id, first, count, NULL));
 }
 
+static void progress(session *s) {
+    outcome(s, muonshard_progress(s->optimizer));
+}
+
 static void stats(session *s) {
     muonshard_stats_info info = MUONSHARD_STATS_INIT;
     info.size = odd_size(s, sizeof info);
@@ -408,6 +420,108 @@ static void stats(session *s) {
     FUZZ_CHECK(status != MUONSHARD_OK || s->committed);
     FUZZ_CHECK(*muonshard_backend(s->optimizer) || !s->optimizer);
     FUZZ_CHECK(*muonshard_device(s->optimizer) || !s->optimizer);
+}
+
+/* ---- checkpoints ---- */
+
+static const char *odd_directory(session *s) {
+    static const char *const odd[] = {"", NULL, "/proc/self/stat", "/dev/null/x"};
+    if (!s->directory) {
+        fuzz_empty_directory();
+        s->directory = true;
+    }
+    const uint8_t b = byte(s);
+    return b < 224 ? fuzz_directory() : odd[b % 4];
+}
+
+static void save(session *s) {
+    muonshard_save_args a = MUONSHARD_SAVE_ARGS_INIT;
+    static const char *const users[] = {NULL, "", "user", "\xff", "\n\"\\\x01\u00e9"};
+    const char *directory = odd_directory(s);
+    const uint8_t b = byte(s);
+    a.user = users[b % 5];
+    a.keep = b > 250 ? -1 : b / 5 % 3;
+    a.defer = b >= 128;
+    a.size = odd_size(s, sizeof a);
+    finish_step(s);
+    outcome(s, muonshard_save(s->optimizer, directory, b == 127 ? NULL : &a));
+    check_unchanged(s);
+}
+
+static void save_wait(session *s) {
+    int done = 0;
+    const uint8_t b = byte(s);
+    outcome(s, muonshard_save_test(s->optimizer, b == 255 ? NULL : &done));
+    outcome(s, muonshard_save_wait(s->optimizer));
+    FUZZ_CHECK(muonshard_save_test(s->optimizer, &done) != MUONSHARD_OK || done);
+}
+
+/* Any state may come, but nothing changes on failure. */
+static void loaded(session *s, muonshard_status status) {
+    if (status == MUONSHARD_OK)
+        keep_params(s);
+    else
+        check_unchanged(s);
+    outcome(s, status);
+}
+
+static muonshard_load_args odd_load_args(session *s) {
+    muonshard_load_args a = MUONSHARD_LOAD_ARGS_INIT;
+    const uint8_t b = byte(s);
+    a.optional = b % 2;
+    a.init_master = b / 2 % 2;
+    a.keep_params = b / 4 % 2;
+    a.size = odd_size(s, sizeof a);
+    return a;
+}
+
+static void load(session *s) {
+    muonshard_load_result r = MUONSHARD_LOAD_RESULT_INIT;
+    const char *directory = odd_directory(s);
+    const muonshard_load_args a = odd_load_args(s);
+    finish_step(s);
+    const muonshard_status status = muonshard_load(s->optimizer, directory, &a, &r);
+    loaded(s, status);
+    FUZZ_CHECK(status != MUONSHARD_OK || a.optional || (r.found && r.path && r.user));
+}
+
+static void save_memory(session *s) {
+    size_t bytes = 0;
+    const uint8_t b = byte(s);
+    finish_step(s);
+    if (outcome(s, muonshard_state_size(s->optimizer, b == 255 ? NULL : &bytes)) != MUONSHARD_OK)
+        return;
+    const size_t room = b < 240 ? bytes : bytes - 1;
+    void *image = malloc(room);
+    FUZZ_CHECK(image);
+    const muonshard_status status = outcome(s, muonshard_save_memory(s->optimizer, image, room));
+    FUZZ_CHECK(status == MUONSHARD_OK ? room == bytes
+                                      : room < bytes || status == MUONSHARD_ERR_STATE);
+    free(s->image);
+    s->image = status ? NULL : image;
+    s->image_bytes = status ? 0 : room;
+    if (status)
+        free(image);
+    check_unchanged(s);
+}
+
+/* The image as it was saved, cut off, or with a byte changed. */
+static void load_memory(session *s) {
+    const muonshard_load_args a = odd_load_args(s);
+    const uint8_t b = byte(s), where = byte(s);
+    size_t bytes[2] = {s->image_bytes, s->image_bytes};
+    char *image = copy_of(s->image ? s->image : "", s->image ? s->image_bytes : 1);
+    const void *images[2] = {s->image ? image : NULL, image};
+    if (b % 4 == 1)
+        bytes[0] = bytes[0] * where / 256;
+    if (b % 4 == 2 && s->image) {
+        image[s->image_bytes * where / 256] ^= (char)(1 << b / 32);
+        s->tame = false;
+    }
+    finish_step(s);
+    loaded(s, muonshard_load_memory(s->optimizer, b == 255 ? NULL : images, bytes,
+                                    s->image ? b / 4 % 3 : b / 4 % 2, &a, NULL));
+    free(image);
 }
 
 /* ---- configuration and communicator ---- */
@@ -542,24 +656,12 @@ static void collectives(session *s) {
 }
 
 static void call(session *s) {
-    switch (byte(s) % 16) {
-    case 0: set_config(s); break;
-    case 1: create(s); break;
-    case 2:
-    case 3: add_tensor(s); break;
-    case 4: commit(s); break;
-    case 5:
-    case 6: step(s); break;
-    case 7: grad_ready(s); break;
-    case 8: step_result(s); break;
-    case 9: tensor_wait(s); break;
-    case 10: set_grad(s); break;
-    case 11: outcome(s, muonshard_progress(s->optimizer)); break;
-    case 12: stats(s); break;
-    case 13: collectives(s); break;
-    case 14: destroy(s); break;
-    default: break;
-    }
+    static void (*const calls[])(session *) = {
+        set_config, create,      add_tensor,  add_tensor, commit,      step,        step,
+        grad_ready, step_result, tensor_wait, set_grad,   progress,    stats,       collectives,
+        destroy,    save,        save_wait,   load,       save_memory, load_memory,
+    };
+    calls[byte(s) % COUNT(calls)](s);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -571,6 +673,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     for (int i = 0; i < MOST_CALLS && s.at < s.end; i++)
         call(&s);
     destroy(&s);
+    free(s.image);
     muonshard_config_destroy(s.config);
     muonshard_comm_destroy(s.comm);
     return 0;

@@ -37,7 +37,8 @@ static void check_tensor(const safetensors_file *file, const safetensors_tensor 
 static void check_written_again(const safetensors_file *file) {
     error_text error = {""};
     safetensors_file again;
-    const char *path = fuzz_new_file();
+    char path[128];
+    snprintf(path, sizeof path, "%s/new", fuzz_directory());
     const muonshard_status wrote = safetensors_write(path, file->tensors, file->tensor_count,
                                                      file->metadata, file->metadata_count, &error);
     if (wrote)
@@ -94,30 +95,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     safetensors_close(&file);
     return 0;
 }
-
-#ifdef MUONSHARD_FUZZ
-size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
-size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed);
-
-/* Most often the header alone, whose length is made right again: otherwise nearly no mutant would
- * get past it. */
-size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsigned seed) {
-    uint64_t length = 0;
-    if (size >= sizeof length)
-        memcpy(&length, data, sizeof length);
-    if (seed % 8 == 0 || size < sizeof length || length > size - sizeof length)
-        return LLVMFuzzerMutate(data, size, max_size);
-    const size_t behind = size - sizeof length - (size_t)length, room = max_size - behind;
-    uint8_t *header = malloc(room), *rest = malloc(behind + 1);
-    FUZZ_CHECK(header && rest);
-    memcpy(header, data + sizeof length, (size_t)length);
-    memcpy(rest, data + size - behind, behind);
-    length = LLVMFuzzerMutate(header, (size_t)length, room - sizeof length);
-    memcpy(data, &length, sizeof length);
-    memcpy(data + sizeof length, header, (size_t)length);
-    memcpy(data + sizeof length + length, rest, behind);
-    free(header);
-    free(rest);
-    return sizeof length + (size_t)length + behind;
-}
-#endif
