@@ -468,9 +468,9 @@ typedef struct muonshard_save_args {
 /* Saves the state after the latest step, which is finished first, to a new directory
  * `directory`/step-N; `directory`, which all ranks see, is made where it is not there. A save
  * before that was deferred is waited for, and its failure returned. `args` may be NULL. Collective;
- * one rank's error is everybody's, and earlier checkpoints stay as they are. ERR_IO names the file;
- * ERR_TIMEOUT: not written within `save_timeout`; ERR_STATE: gradients are marked for a step that
- * has not been taken; ERR_MEMORY. */
+ * one rank's error is everybody's: earlier checkpoints stay as they are, and what there is of this
+ * one is removed. ERR_IO names the file; ERR_TIMEOUT: not written within `save_timeout`; ERR_STATE:
+ * gradients are marked for a step that has not been taken; ERR_MEMORY. */
 MUONSHARD_API muonshard_status muonshard_save(muonshard_optimizer *optimizer, const char *directory,
                                               const muonshard_save_args *args);
 /* *done: this rank's part of a deferred save is written, or there is none. Local, never waits. */

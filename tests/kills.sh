@@ -121,8 +121,11 @@ shuffle() { awk -v seed="$order" 'BEGIN { srand(seed) } { print rand() "\t" $0 }
         sweep_of $n all points.$n.0
     done
 } | shuffle >sweep
-# Every point comes once on one rank and once on several before any comes again.
-awk '{ where = $1 == 1; point = $0; sub(/^[^ ]+ [^ ]+ [^ ]+ /, "", point); print seen[where, point]++ "\t" $0 }' sweep |
+# Every write of one rank comes first: of its own file, of the manifest. Then every point comes once on one rank and once on
+# several before any comes again.
+awk '{ where = $1 == 1; point = $0; sub(/^[^ ]+ [^ ]+ [^ ]+ /, "", point)
+       round = ++seen[where, point]
+       print (where && point ~ /^file |^directory sync/ ? 0 : round) "\t" $0 }' sweep |
     sort -s -n -k 1,1 | cut -f 2- >plan
 
 # ---- a kill, and what it may leave ----
