@@ -53,12 +53,13 @@ data: {files: ["text/*.txt"], val_fraction: 0.1}
 train: {steps: $last, batch: 12, warmup: 2, eval_every: 6, eval_windows: 4, save_every: $every, keep: $keep, progress: off}
 YAML
 
+# mpirun itself may hang when a rank is killed at an awkward moment (Open MPI 4.1.4), its own timeout too.
 start() { # RANKS FAULT [argument...]: becomes the run
-    local launch=("$mpiexec" --timeout 60 -n "$1")
+    local launch=(timeout -s KILL 70 "$mpiexec" --timeout 60 -n "$1")
     [ "$1" = 1 ] && launch=()
     export MUONSHARD_FAULT=$2
     shift 2
-    exec "${launch[@]}" "$muonshard" train tiny.yaml train.save="$saved" train.log=log.jsonl train.save_async=$async "$@" \
+    exec "${launch[@]}" "$muonshard" train tiny.yaml train.save="$saved" train.log=log.jsonl train.save_async="$async" "$@" \
         >stdout 2>stderr
 }
 train() { { (start "$@"); } 2>/dev/null; } # RANKS FAULT [argument...]; without the shell's word on who was killed
@@ -205,10 +206,10 @@ kill_any_moment() {
     job=$!
     sleep "0.$(printf %03d $((RANDOM % 600 + 50)))"
     victims=("$job")
-    [ "$n" = 1 ] || mapfile -t victims <<<"$(pgrep -P $job)"
+    [ "$n" = 1 ] || mapfile -t victims <<<"$(pgrep -P "$(pgrep -P $job)")" # below timeout and mpirun
     [ $((RANDOM % 2)) = 0 ] && victims=("${victims[RANDOM % ${#victims[@]}]}")
-    # shellcheck disable=SC2086 # numbers, and none where the run has ended or has not begun
-    kill -KILL ${victims[*]} 2>/dev/null
+    # None where the run has ended, or has not begun.
+    kill -KILL "${victims[@]}" 2>/dev/null
     wait $job 2>/dev/null
     code=$?
     check_kept "$name"
