@@ -78,13 +78,14 @@ sort -s -n -k 2,2 memory | awk -v growth=$growth '
     !($1 in samples) { samples[$1] = 0; rank[$1] = $2; next }
     { samples[$1]++ }
     samples[$1] == 1 { from[$1] = $4; files[$1] = $5 }
-    { to[$1] = $4; if ($4 > most[$1]) most[$1] = $4; if ($5 != files[$1]) other[$1] = $5 }
+    { at[$1, samples[$1]] = $4; if ($4 > most[$1]) most[$1] = $4; if ($5 != files[$1]) other[$1] = $5 }
     END {
         for (p in samples) {
             if (!samples[p]) continue
             seen++
-            printf "rank %d: %d samples, %d KiB resident at first, %d at most, %d at last, %d descriptors\n",
-                rank[p], samples[p], from[p], most[p], to[p], files[p]
+            n = samples[p]
+            printf "rank %d: %d samples, %d KiB resident at first, %d in the middle, %d at last, %d at most; %d descriptors\n",
+                rank[p], n, from[p], at[p, int((n + 1) / 2)], at[p, n], most[p], files[p]
             if (most[p] > from[p] + growth) { print "FAIL  memory grows"; bad = 1 }
             if (p in other) { print "FAIL  descriptors: " other[p]; bad = 1 }
         }
