@@ -199,16 +199,18 @@ note_kill() { # POINT
 
 # kill_any_moment RANKS: from outside, one rank or all of them, whatever they do. False: ended before.
 kill_any_moment() {
-    local n=$1 job victims code
+    local n=$1 job mpirun victims code
     name="kill $((kills + 1)), $n ranks, any moment"
     before
     (start "$n" "" --resume auto) &
     job=$!
     sleep "0.$(printf %03d $((RANDOM % 600 + 50)))"
     victims=("$job")
-    [ "$n" = 1 ] || mapfile -t victims <<<"$(pgrep -P "$(pgrep -P $job)")" # below timeout and mpirun
-    [ $((RANDOM % 2)) = 0 ] && victims=("${victims[RANDOM % ${#victims[@]}]}")
-    # None where the run has ended, or has not begun.
+    if [ "$n" != 1 ]; then # the ranks are below timeout and mpirun; there are none before it has begun, and when it has ended
+        mpirun=$(pgrep -P $job)
+        mapfile -t victims < <(pgrep -P "${mpirun:-$job}")
+    fi
+    [ $((RANDOM % 2)) = 0 ] && [ ${#victims[@]} -gt 0 ] && victims=("${victims[RANDOM % ${#victims[@]}]}")
     kill -KILL "${victims[@]}" 2>/dev/null
     wait $job 2>/dev/null
     code=$?

@@ -150,11 +150,11 @@ from_outside() { # RANKS KIND: a job that something is done to after a second or
         sleep 0.05
     done
     sleep "$((RANDOM % 3)).$((RANDOM % 10))"
-    mpirun=$(pgrep -P $job)
+    mpirun=$(pgrep -P $job) # it may have ended, as well as its ranks
+    mapfile -t pids < <(pgrep -P "${mpirun:-$job}")
     if [ "$2" = "stopped by a signal" ]; then
-        kill -USR1 "$mpirun" 2>/dev/null # which passes it on
-    else
-        mapfile -t pids < <(pgrep -P "$mpirun")
+        [ -z "$mpirun" ] || kill -USR1 "$mpirun" 2>/dev/null # which passes it on
+    elif [ ${#pids[@]} -gt 0 ]; then
         kill -KILL "${pids[RANDOM % ${#pids[@]}]}" 2>/dev/null
     fi
     wait $job 2>/dev/null
