@@ -55,7 +55,8 @@ extern "C" {
     X(-9, ERR_COMM, "communication failed")                                                        \
     X(-10, ERR_UNAVAILABLE, "backend or library not available")                                    \
     X(-11, ERR_UNSUPPORTED, "not supported")                                                       \
-    X(-12, ERR_INTERNAL, "internal error")
+    X(-12, ERR_INTERNAL, "internal error")                                                         \
+    X(-13, ERR_DIVERGED, "gradients are not finite, step after step")
 
 typedef enum muonshard_status {
 #define MUONSHARD_STATUS_ENUM(value, name, text) MUONSHARD_##name = (value),
@@ -413,7 +414,8 @@ typedef struct muonshard_step_result_info {
     int64_t count;      /* steps taken, skipped ones left out */
     int skipped;        /* a gradient was NaN or infinite somewhere: nothing changed anywhere */
     double grad_norm;   /* of the whole gradient after grad_scale and reduction, before clipping */
-    double clip_factor; /* min(1, clip_norm / (grad_norm + 1e-6)) */
+    double clip_factor; /* min(1, clip_norm / (grad_norm + 1e-6)); a norm above 2^110 is brought
+                           down to that beside it */
 } muonshard_step_result_info;
 #define MUONSHARD_STEP_RESULT_INIT                                                                 \
     { sizeof(muonshard_step_result_info), 0, 0, 0, 0.0, 0.0 }
@@ -471,9 +473,11 @@ typedef struct muonshard_save_args {
 /* Saves the state after the latest step, which is finished first, to a new directory
  * `directory`/step-N; `directory`, which all ranks see, is made where it is not there. A save
  * before that was deferred is waited for, and its failure returned. `args` may be NULL. Collective;
- * one rank's error is everybody's, and earlier checkpoints stay as they are. ERR_IO names the file;
- * ERR_TIMEOUT: not written within `save_timeout`; ERR_STATE: gradients are marked for a step that
- * has not been taken; ERR_MEMORY. */
+ * one rank's error is everybody's, what was written is removed again, and earlier checkpoints stay
+ * as they are. ERR_IO names the file; ERR_TIMEOUT: a file not written within `save_timeout`; the
+ * optimizer goes on, and saves again (until then ERR_STATE) once the file system has let go;
+ * ERR_STATE: also where gradients are marked for a step that has not been taken; ERR_ARGUMENT;
+ * ERR_MEMORY. */
 MUONSHARD_API muonshard_status muonshard_save(muonshard_optimizer *optimizer, const char *directory,
                                               const muonshard_save_args *args);
 /* *done: this rank's part of a deferred save is written, or there is none. Local, never waits. */
@@ -568,9 +572,10 @@ MUONSHARD_API muonshard_status muonshard_stats(const muonshard_optimizer *optimi
                                                muonshard_stats_info *stats);
 /* The last error of an optimizer; valid until the next call. Local. */
 MUONSHARD_API const char *muonshard_last_error(const muonshard_optimizer *optimizer);
-/* Waits for no rank; on a GPU, by the step's deadline, for what is under way. A step that was begun
- * or deferred is finished with muonshard_step_result(wait) before, or its parameters stay as they
- * are and other ranks wait. NULL is allowed. Local. */
+/* Waits for no rank; on a GPU, by the step's deadline, for what is under way; and, by
+ * `save_timeout`, for the thread of a save that was deferred and not waited for, which stays
+ * incomplete. A step that was begun or deferred is finished with muonshard_step_result(wait)
+ * before, or its parameters stay as they are and other ranks wait. NULL is allowed. Local. */
 MUONSHARD_API void muonshard_destroy(muonshard_optimizer *optimizer);
 
 #ifdef __cplusplus

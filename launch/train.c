@@ -15,8 +15,6 @@
 #include "routing.h"
 #include "step_values.h"
 
-enum { MAX_SKIPPED = 20 }; /* in a row, before the run is given up */
-
 static const command_option train_options[] = {
     {"--resume", COMMAND_VALUE, false, "auto|DIRECTORY",
      "Goes on from a checkpoint: auto: the newest in train.save, or from the start where there is "
@@ -459,7 +457,7 @@ static muonshard_status end_of_saves(trainer *t) {
 static muonshard_status train(trainer *t) {
     const train_settings *s = &t->settings;
     double begin = command_now_s() - t->time_before;
-    int skipped_in_a_row = 0;
+    int64_t skipped_in_a_row = 0;
     for (int64_t step = t->first + 1; step <= s->steps && !t->stopped; step++) {
         train_step_report report = {.val_loss = NAN};
         deadline_set_step(step);
@@ -477,11 +475,11 @@ static muonshard_status train(trainer *t) {
             (status = save(t, report.time_s, t->stopped || step == s->steps)) != MUONSHARD_OK)
             return status;
         skipped_in_a_row = report.skipped ? skipped_in_a_row + 1 : 0;
-        if (skipped_in_a_row == MAX_SKIPPED)
-            return command_told(&t->cmd, MUONSHARD_ERR_STATE,
-                                "step %" PRId64 ": %d steps in a row were skipped because a "
-                                "gradient was NaN or infinite; a lower learning rate may help",
-                                step, MAX_SKIPPED);
+        if (s->max_skipped && skipped_in_a_row == s->max_skipped)
+            return command_told(&t->cmd, MUONSHARD_ERR_DIVERGED,
+                                "step %" PRId64 ": %" PRId64 " steps in a row were skipped because "
+                                "a gradient was NaN or infinite; a lower learning rate may help",
+                                step, skipped_in_a_row);
     }
     muonshard_status status = command_agree(&t->cmd, t->local, t->message);
     if (status == MUONSHARD_OK)

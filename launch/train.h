@@ -20,7 +20,7 @@ typedef struct train_settings {
     int schedule;
     int64_t warmup;
     double final_lr;
-    int64_t eval_every, eval_windows;
+    int64_t eval_every, eval_windows, max_skipped;
     int optimizer;
     const char *log;
     const char *save;

@@ -46,6 +46,9 @@ const muonshard_param train_table[] = {
      "Steps between validations; 0: only after the last."},
     {"train.eval_windows", MUONSHARD_PARAM_INT, AT(eval_windows), "64", 1, 1e9, NULL,
      "Sequences in a validation: fixed windows, spread evenly over the validation text."},
+    {"train.max_skipped", MUONSHARD_PARAM_INT, AT(max_skipped), "20", 0, 1e12, NULL,
+     "Steps skipped in a row, for gradients that are NaN or infinite, after which the run is given "
+     "up with exit code 23; 0: never."},
     {"train.optimizer", MUONSHARD_PARAM_CHOICE, AT(optimizer), "muon", 0, 0, "muon|adamw",
      "muon: matrices of the blocks by Muon, the rest by AdamW; adamw: everything by AdamW."},
     {"train.log", MUONSHARD_PARAM_TEXT, AT(log), "", 0, 0, NULL,

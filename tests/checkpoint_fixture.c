@@ -31,8 +31,8 @@ int checkpoint_teardown(void **state) {
 }
 
 const char *in_directory(const char *name) {
-    static char buffers[4][256];
-    static int next;
+    static _Thread_local char buffers[4][256];
+    static _Thread_local int next;
     char *path = buffers[next++ % 4];
     snprintf(path, sizeof buffers[0], "%s/%s", checkpoint_directory, name);
     return path;

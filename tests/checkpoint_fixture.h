@@ -35,7 +35,7 @@ void checkpoint_empty(void);
 
 /* Asserts that statuses and digests are the same on all ranks, and returns the last digest. */
 uint64_t travel(journey *j, int ranks, const rig_case *setup);
-/* "directory/name", in one of some buffers. */
+/* "directory/name", in one of some buffers of the thread. */
 const char *in_directory(const char *name);
 
 /* ---- what threads find, the main thread asserts ---- */

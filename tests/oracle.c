@@ -382,9 +382,9 @@ void oracle_matrix_with(double *x, int64_t r, int64_t c, const double *sigma, or
 }
 
 const char *oracle_spectrum_name(oracle_spectrum spectrum) {
-    static const char *const names[ORACLE_SPECTRUM_COUNT] = {"gaussian", "decay 1e-6", "rank m/4",
-                                                             "rank 1",   "spike",      "constant",
-                                                             "zero",     "x 1e30",     "x 1e-30"};
+    static const char *const names[ORACLE_SPECTRUM_COUNT] = {
+        "gaussian", "decay 1e-6", "rank m/4", "rank 1",       "spike",         "constant",
+        "zero",     "x 1e30",     "x 1e-30",  "rank 1, 1e30", "rank 1, 1e-30", "zero rows"};
     return names[spectrum];
 }
 
@@ -422,7 +422,17 @@ void oracle_matrix(float *x, int64_t r, int64_t c, oracle_spectrum spectrum, ora
         oracle_matrix_with(y, r, c, sigma, rng);
         break;
     case ORACLE_LOW_RANK: integer_product(y, r, c, k < 8 ? 1 : k / 4, rng); break;
-    case ORACLE_RANK_ONE: integer_product(y, r, c, 1, rng); break;
+    case ORACLE_RANK_ONE:
+    case ORACLE_HUGE_RANK_ONE:
+    case ORACLE_TINY_RANK_ONE:
+        integer_product(y, r, c, 1, rng);
+        for (int64_t i = 0; spectrum != ORACLE_RANK_ONE && i < r * c; i++) /* 2^100 is 1.3e30 */
+            y[i] *= spectrum == ORACLE_HUGE_RANK_ONE ? 0x1p100 : 0x1p-100;
+        break;
+    case ORACLE_ZERO_ROWS:
+        for (int64_t i = 0; i < r * c; i++)
+            y[i] = i / c % 2 ? 0.0 : oracle_normal(rng);
+        break;
     case ORACLE_SPIKE:
         for (int64_t i = 0; i < k; i++)
             sigma[i] = i == 0 ? 1.0 : 1e-2;

@@ -97,8 +97,11 @@ typedef enum oracle_spectrum {
     ORACLE_SPIKE,    /* 1, and 1e-2 for the rest */
     ORACLE_CONSTANT, /* every entry 0.37 */
     ORACLE_ZERO,
-    ORACLE_HUGE, /* Gaussian, times 1e30 */
-    ORACLE_TINY, /* times 1e-30 */
+    ORACLE_HUGE,          /* Gaussian, times 1e30 */
+    ORACLE_TINY,          /* times 1e-30 */
+    ORACLE_HUGE_RANK_ONE, /* rank 1, times 1e30 or 1e-30 */
+    ORACLE_TINY_RANK_ONE,
+    ORACLE_ZERO_ROWS, /* Gaussian, but for every other row */
     ORACLE_SPECTRUM_COUNT
 } oracle_spectrum;
 

@@ -178,7 +178,7 @@ static void add_tensor(soak *s, int t) {
 
 static void make_optimizer(soak *s) {
     muonshard_comm_options options = MUONSHARD_COMM_OPTIONS_INIT;
-    muonshard_config *config;
+    muonshard_config *config = NULL;
     options.on_fatal = muonshard_mpi_abort;
     options.log = log_line;
     options.log_user = s;

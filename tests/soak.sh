@@ -15,6 +15,7 @@ export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=no
 RANDOM=$seed
 every=50 # steps between checkpoints
 apart=$((steps < 5000 ? 120 : 300)) # and, about, between faults
+limit=$((60 + steps / 10)) # seconds of a job
 growth=1024 # KiB that a process may grow by, once it is warm
 
 work=$(mktemp -d) || exit 1
@@ -32,7 +33,8 @@ start() { # RANKS FAULT [argument...]: becomes the job
     local n=$1
     export MUONSHARD_FAULT=$2
     shift 2
-    exec "$mpiexec" --timeout 3000 -n "$n" "$soak" "$steps" "$@" >out 2>err
+    # mpirun itself may hang when a rank is killed at an awkward moment (Open MPI 4.1.4), its own timeout too.
+    exec timeout -s KILL "$limit" "$mpiexec" --timeout $((limit - 10)) -n "$n" "$soak" "$steps" "$@" >out 2>err
 }
 job() { { (start "$@"); } 2>/dev/null; }
 
@@ -76,13 +78,14 @@ sort -s -n -k 2,2 memory | awk -v growth=$growth '
     !($1 in samples) { samples[$1] = 0; rank[$1] = $2; next }
     { samples[$1]++ }
     samples[$1] == 1 { from[$1] = $4; files[$1] = $5 }
-    { to[$1] = $4; if ($4 > most[$1]) most[$1] = $4; if ($5 != files[$1]) other[$1] = $5 }
+    { at[$1, samples[$1]] = $4; if ($4 > most[$1]) most[$1] = $4; if ($5 != files[$1]) other[$1] = $5 }
     END {
         for (p in samples) {
             if (!samples[p]) continue
             seen++
-            printf "rank %d: %d samples, %d KiB resident at first, %d at most, %d at last, %d descriptors\n",
-                rank[p], samples[p], from[p], most[p], to[p], files[p]
+            n = samples[p]
+            printf "rank %d: %d samples, %d KiB resident at first, %d in the middle, %d at last, %d at most; %d descriptors\n",
+                rank[p], n, from[p], at[p, int((n + 1) / 2)], at[p, n], most[p], files[p]
             if (most[p] > from[p] + growth) { print "FAIL  memory grows"; bad = 1 }
             if (p in other) { print "FAIL  descriptors: " other[p]; bad = 1 }
         }
@@ -91,6 +94,7 @@ sort -s -n -k 2,2 memory | awk -v growth=$growth '
 
 # ---- many jobs, each ended by something ----
 
+limit=300
 declare -A ended_by
 jobs=0 resumes=0 expected="" latest=0
 complete() { find saved -name manifest.json -printf '%h\n' 2>/dev/null | sort -r; }
@@ -138,7 +142,7 @@ damage() {
 }
 
 from_outside() { # RANKS KIND: a job that something is done to after a second or so
-    local pids
+    local pids mpirun
     : >out
     (start "$1" "" save=saved save_every=$every nan=$apart seed=$((seed + jobs))) &
     local job=$!
@@ -146,10 +150,11 @@ from_outside() { # RANKS KIND: a job that something is done to after a second or
         sleep 0.05
     done
     sleep "$((RANDOM % 3)).$((RANDOM % 10))"
+    mpirun=$(pgrep -P $job) # it may have ended, as well as its ranks
+    mapfile -t pids < <(pgrep -P "${mpirun:-$job}")
     if [ "$2" = "stopped by a signal" ]; then
-        kill -USR1 $job 2>/dev/null # mpirun passes it on
-    else
-        mapfile -t pids < <(pgrep -P $job)
+        [ -z "$mpirun" ] || kill -USR1 "$mpirun" 2>/dev/null # which passes it on
+    elif [ ${#pids[@]} -gt 0 ]; then
         kill -KILL "${pids[RANDOM % ${#pids[@]}]}" 2>/dev/null
     fi
     wait $job 2>/dev/null

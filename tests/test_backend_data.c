@@ -230,6 +230,27 @@ static void test_resolve_of_totals(void **state) {
     release();
 }
 
+/* Down to 2^110, whatever clip_norm and the scale are. */
+static void test_resolve_long_gradients(void **state) {
+    (void)state;
+    const double norms[] = {1e30, 1e34, FLT_MAX};
+    for (size_t k = 0; k < 3; k++)
+        for (int clips = 0; clips < 2; clips++) {
+            agreement a = agreement_of(2, 3, 13);
+            a.words[a.sum_index[5]] = norms[k] * norms[k];
+            a.args.clip_norm = clips ? 1e25 : 0.0;
+            a.args.sum_scale = a.args.scale = 0.5;
+            run_resolve(&a);
+            const double norm = a.record->grad_norm;
+            assert_true(!a.record->skip && a.record->count == 12 && norm >= 0.49 * norms[k]);
+            assert_true(a.record->clip_factor ==
+                        (clips && norm > 1e25 ? (float)(1e25 / (norm + 1e-6)) : 1.0F));
+            assert_true(a.record->grad_factor ==
+                        (float)(fmin(a.record->clip_factor, 0x1p110 / norm) * 0.5));
+            release();
+        }
+}
+
 static void test_resolve_failures(void **state) {
     (void)state;
     /* The lowest rank that failed counts, and its status; other values are a failure without one.
@@ -255,11 +276,13 @@ static void test_resolve_failures(void **state) {
                     (cases[k].status ? cases[k].status : (double)MUONSHARD_ERR_MISMATCH));
         release();
     }
-    /* What is not finite, or would not be once it is scaled, is skipped and no failure. */
-    const double sums[] = {NAN, INFINITY, (double)FLT_MAX * FLT_MAX * 17.0};
-    for (size_t k = 0; k < 3; k++) {
+    /* What is not finite, or would not be in fp32, is skipped and no failure; so is such a scale.
+     */
+    const double sums[] = {NAN, INFINITY, (double)FLT_MAX * FLT_MAX * 17.0, 1.0};
+    for (size_t k = 0; k < 4; k++) {
         agreement a = agreement_of(2, 3, 13);
         a.words[a.sum_index[5]] = sums[k];
+        a.args.scale = k == 3 ? 1e40 : a.args.scale;
         run_resolve(&a);
         assert_true(a.record->skip && !a.record->failed && a.record->count == 11);
         release();
@@ -273,6 +296,7 @@ int main(void) {
         cmocka_unit_test(test_convert_many),
         cmocka_unit_test(test_resolve),
         cmocka_unit_test(test_resolve_of_totals),
+        cmocka_unit_test(test_resolve_long_gradients),
         cmocka_unit_test(test_resolve_failures),
     };
     return cmocka_run_group_tests(all, open_host, close_host);

@@ -20,7 +20,7 @@ static const char *const names[FILES] = {"manifest.json", "rank-00000.safetensor
 
 /* The newest checkpoint, of step 2, as it was written; one of step 1 is beside it. */
 static bytes sound[FILES];
-static bytes older; /* rank 0's file of step 1 */
+static bytes older, older_other; /* the files of step 1 */
 
 static const char *path_of(int file) {
     char name[128];
@@ -48,13 +48,15 @@ static int make_two(void **state) {
             return -1;
     }
     older = bytes_of(in_directory("step-00000001/rank-00000.safetensors"));
-    return older.data ? 0 : -1;
+    older_other = bytes_of(in_directory("step-00000001/rank-00001.safetensors"));
+    return older.data && older_other.data ? 0 : -1;
 }
 
 static int remove_two(void **state) {
     for (int f = 0; f < FILES; f++)
         free(sound[f].data);
     free(older.data);
+    free(older_other.data);
     return checkpoint_teardown(state);
 }
 
@@ -564,12 +566,57 @@ static void missing_masters(void **state) {
     }
 }
 
+/* ---- images in memory ---- */
+
+/* What is cut off, of another step, or not all there; and ranks that were given different steps. */
+static void load_bad_images(rig *r, outcome *out) {
+    (void)out;
+    const int rank = muonshard_comm_rank(r->comm);
+    const void *images[] = {sound[1].data, sound[2].data};
+    size_t counts[] = {sound[1].count, sound[2].count};
+    const size_t cuts[] = {0, 7, 8, 9, header_of(1) - 1, header_of(1), sound[1].count - 1};
+    const muonshard_status damaged = MUONSHARD_ERR_FORMAT;
+    rig_pull(r);
+    const uint64_t before = rig_digest(r);
+    for (size_t i = 0; i < sizeof cuts / sizeof cuts[0]; i++) {
+        counts[0] = rank == 1 ? cuts[i] : sound[1].count; /* one rank's is everybody's */
+        EXPECT_STATUS(muonshard_load_memory(r->optimizer, images, counts, 2, NULL, NULL), damaged,
+                      "image 0");
+    }
+    counts[0] = sound[1].count;
+    EXPECT_STATUS(muonshard_load_memory(r->optimizer, images, counts, 1, NULL, NULL),
+                  MUONSHARD_ERR_ARGUMENT, "is not there");
+    images[0] = older.data;
+    counts[0] = older.count;
+    EXPECT_STATUS(muonshard_load_memory(r->optimizer, images, counts, 2, NULL, NULL), damaged,
+                  "image 1: of step 2 of 2 ranks; image 0 is of step 1");
+    images[1] = older_other.data;
+    counts[1] = older_other.count;
+    if (rank == 1) {
+        images[0] = sound[1].data;
+        images[1] = sound[2].data;
+    }
+    EXPECT_STATUS(muonshard_load_memory(r->optimizer, images, counts, 2, NULL, NULL),
+                  MUONSHARD_ERR_MISMATCH, "images of step 2 here, of step 1 on rank 0");
+    rig_pull(r);
+    EXPECT(rig_digest(r) == before);
+    EXPECT_STATUS(muonshard_load(r->optimizer, checkpoint_directory, NULL, NULL), MUONSHARD_OK, "");
+    rig_gradients(r);
+    rig_step(r);
+}
+
+static void bad_images(void **state) {
+    (void)state;
+    const rig_case setup = small_case("{preset: jordan, variance: normuon}");
+    session(RANKS, &setup, load_bad_images);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_byte),      cmocka_unit_test(truncated),
         cmocka_unit_test(wrong_files),     cmocka_unit_test(hostile),
         cmocka_unit_test(other_tensors),   cmocka_unit_test(other_settings),
-        cmocka_unit_test(missing_masters),
+        cmocka_unit_test(missing_masters), cmocka_unit_test(bad_images),
     };
     return cmocka_run_group_tests_name("checkpoint_errors", tests, make_two, remove_two);
 }

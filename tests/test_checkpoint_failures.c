@@ -337,6 +337,12 @@ static void real_errors(void **state) {
     session(RANKS, &setup, save_well);
 }
 
+/* Also after a failure: what is mounted can't be emptied. */
+static int unmount(void **state) {
+    (void)state;
+    return umount(in_directory("small")) == 0 || errno == EINVAL || errno == EPERM ? 0 : -1;
+}
+
 static void full_disk(void **state) {
     (void)state;
     const rig_case setup = small_case("{preset: jordan}");
@@ -355,7 +361,6 @@ static void full_disk(void **state) {
     assert_listing("-path './small/*'", "");
     assert_int_equal(mount("tmpfs", path, "tmpfs", MS_REMOUNT, "size=200k"), 0);
     session(RANKS, &setup, save_well);
-    assert_int_equal(umount(path), 0);
 }
 
 static void permissions(void **state) {
@@ -631,7 +636,7 @@ int main(void) {
 #ifdef MUONSHARD_FAULTS
         cmocka_unit_test(pretended_errors), cmocka_unit_test(late),
 #endif
-        cmocka_unit_test(real_errors),      cmocka_unit_test(full_disk),
+        cmocka_unit_test(real_errors),      cmocka_unit_test_teardown(full_disk, unmount),
         cmocka_unit_test(permissions),      cmocka_unit_test(retention),
         cmocka_unit_test(same_step),        cmocka_unit_test(calls),
         cmocka_unit_test(bad_names),

@@ -190,7 +190,7 @@ static void test_replicas_that_drift_are_found(void **state) {
     assert_int_equal(threads_run(2, ranks_run, &out), MUONSHARD_OK);
     for (int r = 0; r < 2; r++) {
         assert_int_equal(out.status[r], MUONSHARD_ERR_MISMATCH);
-        assert_non_null(strstr(out.message[r], "'tall' on rank 1"));
+        assert_non_null(strstr(out.message[r], "'tall' differ between rank 0 and rank 1"));
     }
 }
 

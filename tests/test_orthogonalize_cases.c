@@ -239,13 +239,13 @@ static muonshard_status compile(const combination *k, ns_dtype dtype, bool gram,
 static void run_dtype(ns_dtype dtype, bool gram) {
     for (size_t i = 0; i < COMBINATIONS; i++) {
         const combination *k = &combinations[i];
-        /* Ten steps whose slope at zero is 30,000, on squares whose rounding is a library's: what
-         * the host's products do to such a Gram matrix is within the bounds, others' is not. */
-        if (gram && dtype == NS_BF16 && k->steps == 10 && !test_backend_is_host())
-            continue;
-        const bool refused = (k->raw && dtype != NS_FP32) || (k->cubic && dtype == NS_BF16);
         for (size_t s = 0; s < SHAPES; s++) {
             const int64_t r = shapes[s][0], c = shapes[s][1];
+            /* Ten steps whose slope at zero is 79,000: in bf16 some matrices of rank 1 end in NaN.
+             */
+            const bool parts = gram && dtype == NS_BF16 && k->steps == 10 && r != c;
+            const bool refused =
+                (k->raw && dtype != NS_FP32) || (k->cubic && dtype == NS_BF16) || parts;
             ns_program program;
             error_text error = {""};
             const muonshard_status status = compile(k, dtype, gram, r, c, &program, &error);

@@ -176,7 +176,7 @@ static void test_replicas_that_drift_are_found(void **state) {
     (void)state;
     const rig_case setup = zoo_case("check_replicas: 2");
     outcome out = {.setup = {&setup}, .between = drift};
-    assert_all_fail(&out, 2, MUONSHARD_ERR_MISMATCH, "'prime' on rank 1");
+    assert_all_fail(&out, 2, MUONSHARD_ERR_MISMATCH, "'prime' differ between rank 0 and rank 1");
 }
 
 /* ---- no wait is endless ---- */

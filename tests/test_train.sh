@@ -156,9 +156,12 @@ sed '$s/green/brown/' text/bottles.txt >there/text/bottles.txt
 refused "other text on a rank" 17 "rank 1 reads other text" "$mpiexec" --timeout 60 \
     --wdir "$work/here" -n 1 "$muonshard" train "$work/tiny.yaml" : \
     --wdir "$work/there" -n 1 "$muonshard" train "$work/tiny.yaml"
-refused "diverged" 13 "20 steps in a row were skipped" two tiny.yaml train.steps=60 train.log=diverged.jsonl lr=1e6 weight_decay=1e6
+refused "diverged" 23 "20 steps in a row were skipped" two tiny.yaml train.steps=60 train.log=diverged.jsonl lr=1e6 weight_decay=1e6
 grep -q '"train_loss":null.*"skipped":true' diverged.jsonl && passed "skips are logged" ||
     failed "skips are logged" "$(tail -1 diverged.jsonl)"
+refused "diverged, three skips" 23 "3 steps in a row were skipped" two tiny.yaml train.steps=60 lr=1e6 weight_decay=1e6 train.max_skipped=3
+train 2 never.jsonl lr=1e6 weight_decay=1e6 train.max_skipped=0 && [ "$(tail -21 never.jsonl | grep -c '"skipped":true')" -eq 21 ] &&
+    passed "diverged, never given up" || failed "diverged, never given up" "$(tail -1 never.jsonl)"
 
 # The file a person with eight GPUs starts from, on less of everything.
 "$mpiexec" --timeout 100 -n 2 "$muonshard" train "$configs/gpt2-124m.yaml" model.layers=1 model.width=24 model.heads=3 model.context=17 \

@@ -18,6 +18,12 @@
 
 /* ---- what all do ---- */
 
+/* A gradient that is longer is brought down to this: momentum, a hundred thousand times as large,
+ * is a number of fp32 and bf16 then. To the second before AdamW keeps its squares. State that
+ * became infinite would stay so, and what it belongs to would move no more. */
+#define LONGEST_GRADIENT 0x1p110
+#define LONGEST_SQUARED  0x1p63
+
 FORMULA bool leave_alone(const kernel_context *c, int tensor) {
     return c->record->skip || !c->active[tensor];
 }
@@ -130,6 +136,11 @@ typedef struct adam_scalars {
     float keep; /* 1 - d */
 } adam_scalars;
 
+/* Of a gradient that is `norm` long and has been brought down to LONGEST_GRADIENT. */
+FORMULA double adam_shortening(double norm) {
+    return fmin(1.0, LONGEST_SQUARED / fmin(norm, LONGEST_GRADIENT));
+}
+
 /* root_scale is 1/sqrt(c2) with the eps outside, else 1: then sqrt(c2) is in the step. */
 FORMULA adam_scalars adam_scalars_of(const adam_args *args, const step_record *record,
                                      const tensor_values *v) {
@@ -139,8 +150,9 @@ FORMULA adam_scalars adam_scalars_of(const adam_args *args, const step_record *r
     double step = v->lr;
     if (args->rule == ELEMENTWISE_ADAMW)
         step = (args->nesterov ? step : step / c1) * (inside ? sqrt(c2) : 1.0);
+    const double norm = record->grad_norm * (double)record->clip_factor;
     adam_scalars s;
-    s.factor = record->grad_factor;
+    s.factor = (float)((double)record->grad_factor * adam_shortening(norm));
     s.wd = (float)v->weight_decay;
     s.beta1 = (float)beta1;
     s.beta1_rest = (float)(1.0 - beta1);
@@ -248,13 +260,14 @@ FORMULA void resolve_record(const resolve_args *a, double sum) {
     double clip = 1.0;
     if (a->clip_norm > 0.0 && norm + 1e-6 > a->clip_norm)
         clip = a->clip_norm / (norm + 1e-6);
+    const double factor = fmin(clip, LONGEST_GRADIENT / norm) * a->scale;
     record->failed = failed;
     record->status = status;
-    /* Not only finite: no element may overflow fp32 once it is scaled. */
-    record->skip = failed || !(norm <= (double)FLT_MAX);
+    /* Not only finite: the norm has to be a number of fp32, and so has what multiplies. */
+    record->skip = failed || !(norm <= (double)FLT_MAX && factor <= (double)FLT_MAX);
     record->grad_norm = norm;
     record->clip_factor = (float)clip;
-    record->grad_factor = (float)(clip * a->scale);
+    record->grad_factor = (float)factor;
     record->count += record->skip ? 0 : 1;
 }
 

@@ -4,6 +4,9 @@
 #include "optim/coefficients.h"
 #include "optim/gram.h"
 
+/* Above this X in bf16 and its Gram matrix can part until nothing is finite. */
+enum { GRAM_BF16_SLOPE = 10000 };
+
 ns_dtype newton_schulz_dtype(const settings *s, muonshard_dtype param) {
     switch ((ns_dtype_choice)s->ns_dtype) {
     case NS_DTYPE_FP32: return NS_FP32;
@@ -139,6 +142,16 @@ static void compile_gram(const settings *s, const coefficient_row *rows, gram_re
     p->result = x;
 }
 
+/* Rounding X to bf16 gives it singular values where it has none; this is what they are amplified
+ * by.
+ */
+static double slope_at_zero(const coefficient_row *rows, int steps) {
+    double slope = 1.0;
+    for (int i = 0; i < steps; i++)
+        slope *= rows[i].a;
+    return slope;
+}
+
 /* Replaces the standard form where Gram is asked for, or `auto` and cheaper. */
 static muonshard_status consider_gram(const settings *s, const coefficient_row *rows, int64_t m,
                                       int64_t n, ns_program *p, error_text *error) {
@@ -157,6 +170,15 @@ static muonshard_status consider_gram(const settings *s, const coefficient_row *
                 "coefficient_safety helps, a list of steps is taken as it is, ns_form: standard "
                 "and auto need none",
                 steps);
+        return MUONSHARD_OK;
+    }
+    const double slope = slope_at_zero(rows, steps);
+    if (p->dtype == NS_BF16 && slope > GRAM_BF16_SLOPE && !s->coefficient_check) {
+        FAIL_IF(forced, error, MUONSHARD_ERR_CONFIG,
+                "coefficients: these multiply what bf16 rounds by %.0f, more than the %d up to "
+                "which ns_form: gram stays finite; standard and auto do, fp16 and fp32 too; "
+                "coefficient_check: off takes them anyway",
+                slope, GRAM_BF16_SLOPE);
         return MUONSHARD_OK;
     }
     ns_program gram = {.dtype = p->dtype, .square_dtype = square};

@@ -54,7 +54,7 @@ endfunction()
 foreach(name elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
   fake_test(${name})
 endforeach()
-foreach(name ranks ranks_bits ranks_errors trace)
+foreach(name ranks ranks_bits ranks_errors numbers replicas trace)
   fake_test(${name} ENVIRONMENT FAKE_CUDA_PROTECT=0)
 endforeach()
 # What must not be read late, and what must not be read early.
