@@ -50,6 +50,7 @@ int32_t utf8_next(const char **text);
 #define CONFIG_MAX_BYTES ((size_t)1 << 20)
 #define CONFIG_MAX_DEPTH 16
 #define CONFIG_MAX_KEY   256
+#define CONFIG_MAX_WORDS 64 /* of a mapping in a list: each is looked for among those before */
 
 typedef enum config_entry_kind {
     ENTRY_SCALAR,

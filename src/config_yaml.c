@@ -205,8 +205,10 @@ static muonshard_status read_item(reader *r, text_buffer *items) {
     TRY(append(r, items, ""));
     const size_t start = items->length;
     TRY(advance(r));
-    while (r->event.type != YAML_MAPPING_END_EVENT) {
+    for (int keys = 0; r->event.type != YAML_MAPPING_END_EVENT; keys++) {
         const char *key;
+        if (keys == CONFIG_MAX_WORDS)
+            return refuse(r, "a mapping in a list has too many keys");
         TRY(word(r, WHITE_SPACE "=", &key));
         FAIL_IF(item_has_key(items->data + start, key), r->error, MUONSHARD_ERR_CONFIG,
                 "%s:%zu: repeated key '%.100s'", r->name, line_of(r), key);

@@ -101,7 +101,7 @@ static void test_load_errors(void **state) {
          "<string>:1: nested too deeply"},
         {"groups: [[a]]\n", "<string>:1: a list in a list"},
         {"groups: [\"a\\nb\"]\n", "<string>:1: an item of a list must be one line"},
-        {"groups: \"a\\nb\"\n", "<string>:1: groups: found 'a\nb', expected a list of UTF-8 text, "
+        {"groups: \"a\\nb\"\n", "<string>:1: groups: found 'a?b', expected a list of UTF-8 text, "
                                 "an item a line"},
         {"groups:\n  - {}\n", "<string>:2: an empty mapping in a list"},
         {"groups:\n  - a: {b: c}\n",
@@ -141,7 +141,7 @@ static void test_set_errors(void **state) {
         {"name", "\xed\xa0\x80",
          "'name=\xed\xa0\x80': name: found '\xed\xa0\x80', expected UTF-8 text"},
         {"groups", "a\nb",
-         "'groups=a\nb': groups: found 'a\nb', expected a list of UTF-8 text, an item a line"},
+         "'groups=a?b': groups: found 'a?b', expected a list of UTF-8 text, an item a line"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; ++i)
         assert_refused_set(MUONSHARD_ERR_CONFIG, cases[i][0], cases[i][1], cases[i][2]);
@@ -203,6 +203,14 @@ static void test_files(void **state) {
     memset(text, '#', large);
     check_file(text, large - 1, MUONSHARD_OK, NULL);
     check_file(text, large, MUONSHARD_ERR_CONFIG, "%s: larger than 1048576 bytes");
+
+    /* Each key of it is compared with those before: a megabyte of them took a minute. */
+    size_t length = 0;
+    length += (size_t)sprintf(text, "groups:\n  - {");
+    for (int i = 0; i < 65; i++)
+        length += (size_t)sprintf(text + length, "a%d: 1, ", i);
+    length += (size_t)sprintf(text + length, "}\n");
+    check_file(text, length, MUONSHARD_ERR_CONFIG, "%s:2: a mapping in a list has too many keys");
     free(text);
 
     muonshard_config *config = config_fresh();

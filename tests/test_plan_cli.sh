@@ -112,6 +112,9 @@ bad "name: w, role: matrix"; refused "no shape" 12 "bad.yaml:2: tensors: 'w' has
 bad "name: w, shape: [2, 2]"; refused "no role" 12 "'w' has no role" bad.yaml
 bad "name: w, role: moe, shape: [2, 2]"; refused "unknown role" 12 "role is 'moe'" bad.yaml
 bad "name: w, role: matrix, shape: [2, -2]"; refused "negative size" 12 "shape is '2,-2'" bad.yaml
+bad "name: w, role: matrix, shape: [1099511627777, 2]"; refused "a size beyond reason" 12 "shape is '1099511627777,2'" bad.yaml
+bad "name: w, role: matrix, shape: [4194305, 2, 2]"; refused "more matrices than can be listed" 21 "bad.yaml:2: tensors: 'w': up to it they are" bad.yaml
+printf 'tensors:\n  - ""\n' >bad.yaml; refused "an empty item" 12 "bad.yaml:2: tensors: '?' has no name" bad.yaml
 bad "name: w, role: matrix, shape: [2, 2], color: red"; refused "unknown word" 12 "unknown word 'color'" bad.yaml
 bad "name: w, role: matrix, shape: [7]"; refused "a vector as a matrix" 11 "1 dimensions" bad.yaml
 bad "name: w, role: matrix, shape: [4, 4], row_splits: [3, 2]"; refused "splits" 11 "row split 1 is 2" bad.yaml

@@ -151,8 +151,6 @@ static bool fill(session *s, void *data, size_t bytes, muonshard_dtype dtype) {
             halves[i] = (uint16_t)(one - 0x40U * (i % 3) + (i + seed) % 16 + (i % 2 ? 0x8000U : 0));
         }
     }
-    if (kind > 240 && dtype == MUONSHARD_FP32)
-        s->tame = false;
     if (kind < 224 || kind > 240)
         return true;
     const size_t last = bytes / element_bytes(dtype) - 1;
@@ -638,7 +636,7 @@ static void collectives(session *s) {
     double values[2] = {1.0, NAN};
     char sent[4] = "abc", received[4] = "";
     muonshard_status status = MUONSHARD_OK;
-    switch (b % 5) {
+    switch (b % 6) {
     case 0:
         status = muonshard_comm_allreduce(s->comm, b > 200 ? NULL : values, b > 200 ? 0 : 2,
                                           (muonshard_reduce_op)(b / 5 % 3));
@@ -646,6 +644,7 @@ static void collectives(session *s) {
     case 1: status = muonshard_comm_broadcast(s->comm, sent, 4, (int)odd_number(s)); break;
     case 2: status = muonshard_comm_allgather(s->comm, sent, received, 4); break;
     case 3: status = muonshard_comm_set_timeout(s->comm, b > 128 ? 10.0 : odd_value(s)); break;
+    case 4: status = muonshard_comm_set_phase(s->comm, odd_name(s)); break;
     default:
         status = muonshard_comm_agree(s->comm, (muonshard_status)(b > 128 ? 0 : -(b % 13)),
                                       b % 2 ? NULL : "a message");

@@ -131,14 +131,27 @@ static char *set_all(muonshard_config *config, const program *p, const char *at,
     return dump;
 }
 
+/* What a new config dumps. */
+static const char *fresh_dump(const muonshard_config *fresh) {
+    static char *dump;
+    if (!dump)
+        dump = dump_of(fresh);
+    return dump;
+}
+
 static void fuzz_string(const char *text, size_t size) {
     program p;
     muonshard_config *config = new_config(&p);
-    char *dump = dump_of(config);
+    const char *fresh = fresh_dump(config);
+    char *dump = strdup(fresh);
     dump = check_outcome(config, &p, muonshard_config_load_string(config, text), dump);
     dump = set_all(config, &p, text + strlen(text) + 1, text + size, dump);
-    check_dump_loads(dump, &p);
-    check_short_dump(config, dump);
+    static bool fresh_loads;
+    if (!fresh_loads || strcmp(dump, fresh) != 0) { /* most input is refused */
+        check_dump_loads(dump, &p);
+        check_short_dump(config, dump);
+        fresh_loads = true;
+    }
     free(dump);
     muonshard_config_destroy(config);
 }
@@ -147,7 +160,7 @@ static void fuzz_string(const char *text, size_t size) {
 static void fuzz_as_file(const uint8_t *data, size_t size) {
     program p;
     muonshard_config *config = new_config(&p);
-    char *dump = dump_of(config);
+    char *dump = strdup(fresh_dump(config));
     const muonshard_status status = muonshard_config_load_file(config, fuzz_file(data, size));
     FUZZ_CHECK(status == MUONSHARD_ERR_CONFIG);
     free(check_outcome(config, &p, status, dump));
