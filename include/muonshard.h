@@ -488,11 +488,10 @@ MUONSHARD_API muonshard_status muonshard_save_wait(muonshard_optimizer *optimize
 typedef struct muonshard_load_args {
     size_t size;
     int optional;    /* non-zero: no complete checkpoint is no error: found is 0 */
-    int init_master; /* non-zero: fp32 masters that were not saved are made from the parameters */
     int keep_params; /* non-zero: parameters are in place, and are not read */
 } muonshard_load_args;
 #define MUONSHARD_LOAD_ARGS_INIT                                                                   \
-    { sizeof(muonshard_load_args), 0, 0, 0 }
+    { sizeof(muonshard_load_args), 0, 0 }
 
 typedef struct muonshard_load_result {
     size_t size;

@@ -270,6 +270,7 @@ static void finish_save(trainer *t) {
 /* Collective. */
 static muonshard_status save(trainer *t, double time_s, bool last) {
     const train_settings *s = &t->settings;
+    command_enter(&t->cmd, "save");
     finish_save(t);
     const train_state state = state_of(t, time_s);
     char *text = train_state_text(&state);

@@ -108,7 +108,7 @@ typedef struct settings {
     int adam_form, adam_nesterov, adam_decay;
     /* the step */
     double clip_norm; /* 0: off */
-    int reduce, gather, master, rounding, ownership;
+    int reduce, gather, master, init_master, rounding, ownership;
     int64_t seed;           /* of stochastic rounding */
     int64_t check_replicas; /* every N steps; 0: off */
     /* the machine */

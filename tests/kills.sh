@@ -26,6 +26,7 @@ RANDOM=$seed
 
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
+export OMPI_MCA_orte_tmpdir_base=$work # what is killed leaves its files of a session
 cd "$work" || exit 1
 
 failures=0
@@ -318,6 +319,20 @@ for error in ENOSPC EIO; do
     done
 done
 echo "$errors failing calls of the file system"
+
+# Killed while what a failed save has left is removed, after one that was older.
+for point in "remove manifest" "remove file" "remove directory"; do
+    name="failed, and kill@$point:2"
+    rm -rf "$saved" log.jsonl
+    train 1 "ENOSPC@file write:8;kill@$point:2"
+    expect "$name: exit code" $? = 137
+    expect "$name: newest" "$(newest)" = $((last - every))
+    before
+    train 1 "" --resume auto
+    code=$?
+    check_kept "$name"
+    check_end "$name" $code 1
+done
 
 # Writes that write less are gone on with.
 for n in 1 2; do

@@ -78,7 +78,7 @@ run() {
     local ranks=$1 faults=$2
     shift 2
     MUONSHARD_FAULT=$faults MUONSHARD_FAULT_LOG=passed.%r "$mpiexec" --timeout 60 "$@" -n "$ranks" \
-        "$muonshard" train "$dir/run.yaml" >stdout 2>stderr
+        "$muonshard" train "$dir/run.yaml" --resume auto >stdout 2>stderr
     code=$?
 }
 
@@ -87,6 +87,23 @@ stopped() (
     enter "rank $1 of $2 stopped at $3"
     run "$2" "stop@$3/$1"
     ended 18 "$(points_beside "$1" "$2")" "rank $1 of $2 \(host $host\): $4: no sign of life for [0-9]+\.[0-9] s \(stopped\); rank [0-2] waited $deadline s for it in [a-z]"
+)
+
+# While a checkpoint is saved; ranks whose file is written wait longer, for the late one may yet say that it can't.
+saves() { sed -i 's/progress: off/progress: off, save: saved, save_every: 2, save_async: '"$1"'/' run.yaml && echo "save_timeout: $deadline" >>run.yaml; }
+stopped_saving() ( # RANK RANKS ASYNC POINT:N WHERE SECONDS
+    enter "rank $1 of $2 stopped at $4"
+    saves "$3"
+    run "$2" "stop@$4/$1"
+    ended 18 "$(points_beside "$1" "$2")" "rank $1 of $2 \(host $host\): (after )?step $5: no sign of life for [0-9]+\.[0-9] s \(stopped\); rank [0-2] waited $6 s for it in [a-z]"
+)
+stopped_loading() ( # RANK RANKS
+    enter "rank $1 of $2 stopped at load"
+    saves false
+    run "$2" ""
+    rm passed.*
+    run "$2" "stop@load replace:1/$1"
+    ended 18 "$(points_beside "$1" "$2")" "rank $1 of $2 \(host $host\): load: no sign of life for [0-9]+\.[0-9] s \(stopped\); rank [0-2] waited $deadline s for it in load"
 )
 
 # Where there is no communicator the launcher's children are looked at; of those that wait the first speaks.
@@ -140,7 +157,7 @@ full() (
     shift
     mkfifo pipe && exec 3<>pipe && head -c 60000 /dev/zero >pipe
     sed -i 's/steps: 6/steps: 1000000/; s/progress: off/progress: on/' run.yaml
-    "$@" "$muonshard" train "$dir/run.yaml" >pipe 2>stderr
+    "$@" "$muonshard" train "$dir/run.yaml" --resume auto >pipe 2>stderr
     code=$?
     ended 18 log.jsonl "rank 0 of [12] \(host $host\): step [0-9]+, write output, which nobody reads: not done within $half s$"
 )
@@ -187,6 +204,11 @@ go stopped 0 2 "apply batch 0:2" "step 2, apply batch 0"
 go stopped 0 2 "forward and backward:3" "after step 2, forward and backward"
 go stopped 2 3 evaluate:1 "after step 1, evaluate"
 go stopped 1 2 report:2 "after step 2, report"
+go stopped_saving 1 2 false "save begin:1" "2, save" $((2 * deadline))
+go stopped_saving 0 3 false "file sync:2" "4, save" $((2 * deadline))
+go stopped_saving 1 3 true "file write:1" "[234], .*" $deadline
+go stopped_saving 0 2 false "save complete:1" "2, save" $deadline
+go stopped_loading 1 2
 go stopped 1 2 finish:1 "after step 6, finish"
 go stopped_in_mpi 0 2 "end MPI" 1
 go stopped_from_outside 0 3

@@ -540,16 +540,18 @@ static void missing_masters(void **state) {
         tensors[i].dtype = tensors[i].grad_dtype = MUONSHARD_BF16;
     rig_case saved = small_case("{rounding: stochastic}");
     saved.tensors = tensors;
-    const char *const ways[] = {"{}", "{gather: updates, master: replicated}"};
+    const char *const ways[] = {"master: owner", "gather: updates, master: replicated"};
     for (int way = 0; way < 2; way++) {
         rig_case here = saved;
-        here.yaml = ways[way];
+        char yaml[128];
+        snprintf(yaml, sizeof yaml, "{%s}", ways[way]);
+        here.yaml = yaml;
         expect_other(&saved, &here, MUONSHARD_ERR_ARGUMENT, "master of element 0 on is not there");
         journey j = JOURNEY_INIT;
         j.load = j.save = true;
         j.from = in_directory("others");
         j.to = in_directory("masters");
-        j.load_args.init_master = 1;
+        snprintf(yaml, sizeof yaml, "{%s, init_master: from_params}", ways[way]);
         j.save_args.keep = 1;
         j.after = 2;
         travel(&j, RANKS, &here);

@@ -63,7 +63,7 @@ static muonshard_status check_images(muonshard_optimizer *o, const manifest *m,
     TRY(image_set_open(&o->registry, sources, count, set, &o->error));
     TRY(check_manifest(m, image_set_facts(*set), &o->error));
     TRY(state_wanted(o, !args->keep_params, wanted, &o->error));
-    return image_set_check(*set, &o->registry, wanted, args->init_master != 0, &o->error);
+    return image_set_check(*set, &o->registry, wanted, o->settings->init_master != 0, &o->error);
 }
 
 /* All ranks have the same step before them, or none goes on. Collective. */

@@ -467,7 +467,6 @@ static muonshard_load_args odd_load_args(session *s) {
     muonshard_load_args a = MUONSHARD_LOAD_ARGS_INIT;
     const uint8_t b = byte(s);
     a.optional = b % 2;
-    a.init_master = b / 2 % 2;
     a.keep_params = b / 4 % 2;
     a.size = odd_size(s, sizeof a);
     return a;
@@ -591,6 +590,7 @@ static const char *const sound_settings[] = {
     "coefficients=cans",
     "coefficients=aol4",
     "coefficient_check=off",
+    "init_master=true",
 };
 static const char *const wild_settings[] = {
     "lr=1e6",

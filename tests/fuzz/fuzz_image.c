@@ -4,7 +4,6 @@
 
 static muonshard_load_args args_of(const uint8_t *data, size_t size) {
     muonshard_load_args args = MUONSHARD_LOAD_ARGS_INIT;
-    args.init_master = size && data[size - 1] % 2;
     args.keep_params = size && data[size - 1] / 2 % 2;
     return args;
 }
