@@ -26,6 +26,7 @@ RANDOM=$seed
 
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
+export OMPI_MCA_orte_tmpdir_base=$work # what is killed leaves its files of a session
 cd "$work" || exit 1
 
 failures=0
