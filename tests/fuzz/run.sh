@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lets libFuzzer look for input that breaks what must hold: tests/fuzz/run.sh [SECONDS [TARGET...]]
-# SECONDS (3600) for each target, one after the other; without TARGETs all of them. What it learns stays in
+# Needs clang and its runtime (Debian: clang, libclang-rt-14-dev). SECONDS (3600) for each target, one after the other; without TARGETs all of them. What it learns stays in
 # build/fuzz/work/TARGET/, where a later run goes on; inputs that broke something are in build/fuzz/found/TARGET/.
 # The exit code is not 0 when something was found.
 #   tests/fuzz/run.sh --keep [TARGET...]   adds to the corpora in the repository what the work directories cover beyond them
