@@ -590,7 +590,7 @@ static const char *const sound_settings[] = {
     "coefficients=cans",
     "coefficients=aol4",
     "coefficient_check=off",
-    "init_master=true",
+    "init_master=from_params",
 };
 static const char *const wild_settings[] = {
     "lr=1e6",

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Lets libFuzzer look for input that breaks what must hold: tests/fuzz/run.sh [SECONDS [TARGET...]]
-# Needs clang and its runtime (Debian: clang, libclang-rt-14-dev). SECONDS (3600) for each target, one after the other; without TARGETs all of them. What it learns stays in
-# build/fuzz/work/TARGET/, where a later run goes on; inputs that broke something are in build/fuzz/found/TARGET/.
+# SECONDS (3600) for each target, one after the other; without TARGETs all of them. What it learns stays in build/fuzz/work/TARGET/,
+# where a later run goes on; inputs that broke something are in build/fuzz/found/TARGET/. Needs clang and its runtime (Debian: clang,
+# libclang-rt-14-dev).
 # The exit code is not 0 when something was found.
-#   tests/fuzz/run.sh --keep [TARGET...]   adds to the corpora in the repository what the work directories cover beyond them
+#   tests/fuzz/run.sh --keep [TARGET...]   adds to the corpora in the repository what the work directories cover beyond them, as far
+#                                          as it is little
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export LC_ALL=C OPENBLAS_NUM_THREADS=1
@@ -56,10 +58,22 @@ fuzz() { # TARGET
     [ "$after" -eq "$before" ] && grep -q '^stat::' "$log" || { tail -n 40 "$log"; return 1; }
 }
 
+# Of what the work directory covers beyond the corpus, the inputs that add most edges: at most 40, and 24 kB.
 keep() { # TARGET
-    "build/fuzz/tests/fuzz_$1" -merge=1 -max_len=1024 "tests/fuzz/corpus/$1" "build/fuzz/work/$1" >"build/fuzz/$1.merge.log" 2>&1
-    printf '%-12s %4d files, %7d bytes\n' "$1" "$(find "tests/fuzz/corpus/$1" -type f | wc -l)" \
-        "$(find "tests/fuzz/corpus/$1" -type f -printf '%s\n' | awk '{ n += $1 } END { print n + 0 }')"
+    local corpus=tests/fuzz/corpus/$1 merged=build/fuzz/merged/$1 control=build/fuzz/$1.merge
+    rm -rf "$merged" "$control"
+    mkdir -p "${merged%/*}"
+    cp -r "$corpus" "$merged"
+    "build/fuzz/tests/fuzz_$1" -merge=1 -use_counters=0 -max_len=2048 -merge_control_file="$control" "$merged" \
+        "build/fuzz/work/$1" >"build/fuzz/$1.merge.log" 2>&1
+    awk 'NR == 1 { n = $1 } NR > 2 && NR < n + 3 { name[NR - 3] = $0 } $1 == "FT" { print NF - 2, name[$2] }' "$control" |
+        grep " build/fuzz/work/" | sort -rn | head -n 40 | while read -r _ input; do
+            size=$(wc -c <"$input")
+            total=$((${total-0} + size))
+            [ "$total" -gt 24000 ] || [ "$size" -eq 0 ] || cp "$input" "$corpus/"
+        done
+    printf '%-12s %4d files, %7d bytes\n' "$1" "$(find "$corpus" -type f | wc -l)" \
+        "$(find "$corpus" -type f -printf '%s\n' | awk '{ n += $1 } END { print n + 0 }')"
 }
 
 failed=0
