@@ -205,7 +205,7 @@ go stopped 0 2 "forward and backward:3" "after step 2, forward and backward"
 go stopped 2 3 evaluate:1 "after step 1, evaluate"
 go stopped 1 2 report:2 "after step 2, report"
 go stopped_saving 1 2 false "save begin:1" "2, save" $((2 * deadline))
-go stopped_saving 0 3 false "file sync:2" "4, save" $((2 * deadline))
+go stopped_saving 0 3 false "file sync:2" "2, save" $deadline # of the manifest
 go stopped_saving 1 3 true "file write:1" "[234], .*" $deadline
 go stopped_saving 0 2 false "save complete:1" "2, save" $deadline
 go stopped_loading 1 2
