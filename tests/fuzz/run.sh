@@ -67,7 +67,7 @@ keep() { # TARGET
     "build/fuzz/tests/fuzz_$1" -merge=1 -use_counters=0 -max_len=2048 -merge_control_file="$control" "$merged" \
         "build/fuzz/work/$1" >"build/fuzz/$1.merge.log" 2>&1
     awk 'NR == 1 { n = $1 } NR > 2 && NR < n + 3 { name[NR - 3] = $0 } $1 == "FT" { print NF - 2, name[$2] }' "$control" |
-        grep " build/fuzz/work/" | sort -rn | head -n 40 | while read -r _ input; do
+        grep " build/fuzz/work/" | sort -rn | awk 'NR <= 40' | while read -r _ input; do
             size=$(wc -c <"$input")
             total=$((${total-0} + size))
             [ "$total" -gt 24000 ] || [ "$size" -eq 0 ] || cp "$input" "$corpus/"
