@@ -21,9 +21,10 @@ const muonshard_param model_file_table[] = {
 };
 const size_t model_file_table_count = sizeof model_file_table / sizeof model_file_table[0];
 
-#define LARGEST_SIZE ((int64_t)1 << 40) /* what adds to sizes and multiplies them can't overflow   \
-                                         */
-#define MOST_MATRICES 4194304.0         /* a plan has a line for each */
+/* Sizes that can be added and multiplied without overflow; and matrices, each of which is a line of
+ * a plan. */
+#define LARGEST_SIZE  ((int64_t)1 << 40)
+#define MOST_MATRICES 4194304.0
 
 /* "12,2304,768" into `numbers` [max]; -1 when it is not such a list. */
 static int read_numbers(const char *text, int64_t *numbers, int max) {
