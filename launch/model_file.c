@@ -23,6 +23,7 @@ const size_t model_file_table_count = sizeof model_file_table / sizeof model_fil
 
 /* Sizes that can be added and multiplied without overflow; and matrices, each of which is a line of
  * a plan. */
+/* Sizes can be added to and multiplied without overflow; a plan has a line for each matrix. */
 #define LARGEST_SIZE  ((int64_t)1 << 40)
 #define MOST_MATRICES 4194304.0
 
