@@ -195,8 +195,9 @@ const muonshard_param settings_table[] = {
         "Who keeps 16-bit parameters in fp32: their owner (with gather params), every rank "
         "(with gather updates), or nobody (with stochastic rounding); auto: none with stochastic "
         "rounding, else owner."),
-    CHOICE("init_master", init_master, "refuse", "refuse|from_params",
-           "Masters that a checkpoint hasn't: it is refused, or they are made from the parameters."),
+    CHOICE(
+        "init_master", init_master, "refuse", "refuse|from_params",
+        "Masters that a checkpoint hasn't: it is refused, or they are made from the parameters."),
     CHOICE(
         "rounding", rounding, "nearest", "nearest|stochastic",
         "How fp32 becomes a 16-bit parameter; stochastic: keyed by seed, step, tensor and element, "

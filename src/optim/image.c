@@ -414,7 +414,9 @@ static muonshard_status check_slice(const image_set *set, const registry *r,
             return MUONSHARD_OK;
         FAIL_IF(run == 0, error, MUONSHARD_ERR_ARGUMENT,
                 "tensor '%s': %s of element %zu on is not there%s", name, kind, wanted->first + at,
-                wanted->kind == STATE_MASTER ? "; init_master: from_params makes it from the parameters" : "");
+                wanted->kind == STATE_MASTER
+                    ? "; init_master: from_params makes it from the parameters"
+                    : "");
         FAIL_IF(p->dtype != wanted->dtype, error, MUONSHARD_ERR_ARGUMENT,
                 "tensor '%s': %s is %s there, %s here", name, kind, dtype_name(p->dtype),
                 dtype_name(wanted->dtype));
