@@ -8,7 +8,7 @@ packages_of() {
     build) echo gcc libc6-dev cmake make pkg-config libopenmpi-dev openmpi-bin libopenblas-dev libyaml-dev libjansson-dev libxxhash-dev ;;
     quickstart) echo gnuplot-nox perl-doc ;;
     tests) echo libcmocka-dev g++ binutils procps iproute2 gnuplot-nox ;;
-    check) echo git clang clang-format-14 valgrind cppcheck ;;
+    check) echo git clang libclang-rt-14-dev clang-format-14 valgrind cppcheck ;;
     *)
         echo "setup.sh: unknown set $1; there are build, quickstart, tests, check" >&2
         exit 2
