@@ -19,10 +19,11 @@
 #include "muonshard_mpi.h"
 #include "siblings.h"
 
-enum { ROOM_MS = 1000, END_S = 5 };
-/* Ranks that wait for the same one speak in turn, the first of which ends the job. One that was
- * stopped itself wakes later than it should, and is quiet. */
-enum { MOST_TURNS = 3 };
+enum { ROOM_MS = 1000, END_S = 6 };
+/* Ranks that wait for the same one speak in turn, the first of which ends the job; a launcher on a
+ * busy machine takes more than a second for that. One that was stopped itself wakes later than it
+ * should, and is quiet. */
+enum { TURN_S = 2, MOST_TURNS = 2 };
 static const double LATE_S = 0.15;
 
 static struct {
@@ -60,7 +61,7 @@ static const char *find_line(void) {
 
 /* The line, where stderr has room for it. */
 static void speak(void) {
-    const struct timespec turn = {own.turn, 250000000};
+    const struct timespec turn = {TURN_S * own.turn, 250000000};
     struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
     const char *line = find_line();
     signal(SIGTERM, SIG_DFL); /* it comes when another rank has spoken */
