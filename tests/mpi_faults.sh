@@ -9,7 +9,7 @@ muonshard=$(realpath "$1") || exit 1
 mpiexec=${2:-mpirun}
 export OPENBLAS_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
-deadline=${MUONSHARD_TEST_DEADLINE:-3}
+deadline=3
 half=$(awk -v d="$deadline" 'BEGIN { print d / 2 }')
 export MUONSHARD_START_TIMEOUT=$deadline
 host=$(hostname)
