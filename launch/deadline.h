@@ -1,8 +1,8 @@
 /* deadline.h - what the command waits for outside of its communicator doesn't wait for ever: the
  * start and the end of MPI, and whoever reads its output. When a deadline is over, SIGALRM writes
- * one line to stderr that says who is stopped (launcher's children, siblings.h) or who waited in
- * what, and ends the process with the code of
- * ERR_TIMEOUT; the launcher ends the other ranks.
+ * one line to stderr that says which of the launcher's children is stopped (siblings.h), or else
+ * who waited in what, and ends the process with the code of ERR_TIMEOUT; the launcher ends the
+ * other ranks.
  *
  * The state is the process's, as its signals and its output are. */
 #ifndef DEADLINE_H

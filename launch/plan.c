@@ -362,8 +362,7 @@ static json_t *row_of(const planner *p, const rank_plan *r) {
     timeline_of(&r->groups[MODEL_EXPERTS], r->groups[MODEL_SHARED].sim.step, timeline);
     return json_pack(
         "{s:s, s:i, s:s, s:s, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:n, s:o, s:n, s:{s:f, s:f, "
-        "s:f, "
-        "s:f}, s:o}",
+        "s:f, s:f}, s:o}",
         "model", p->model.name, "ranks", r->ranks, "scaling", "strong", "dtype",
         dtype_name(p->whole.tensors[0].dtype), "matrices", (json_int_t)p->whole.view_count, "bytes",
         bench_number(bytes), "step_us", bench_time_json(step), "phases_us", phases, "ns_gflops",

@@ -123,8 +123,9 @@ typedef struct settings {
         bucket_bytes; /* of gradient a rank sends in one reduce-scatter group; at least one wave */
     int64_t batch_bytes; /* of updates a rank owns in one Newton-Schulz batch; at least one wave */
     double timeout_s;    /* of each wait in a step */
-    double first_timeout_s, save_timeout_s; /* of each wait in the first step */
-    const char *trace;                      /* Chrome trace file, %r: rank; empty: off */
+    double first_timeout_s; /* of each wait in the first step */
+    double save_timeout_s;  /* of each wait in saving and loading */
+    const char *trace;      /* Chrome trace file, %r: rank; empty: off */
 } settings;
 
 extern const muonshard_param settings_table[];

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <xxhash.h>
 #include "fault.h"
@@ -93,6 +94,19 @@ muonshard_status whole_file_write(whole_file *file, const void *data, size_t byt
         file->bytes += (size_t)wrote;
     }
     return MUONSHARD_OK;
+}
+
+int whole_file_open(int directory, const char *name, uint64_t *bytes) {
+    struct stat info;
+    /* Nonblocking: a FIFO is refused, not waited for. */
+    const int fd = openat(directory, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (fd >= 0 && (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode))) {
+        close(fd);
+        errno = EINVAL;
+        return -1;
+    }
+    *bytes = fd < 0 ? 0 : (uint64_t)info.st_size;
+    return fd;
 }
 
 int whole_file_sync_directory(int directory) {

@@ -43,3 +43,16 @@ uint64_t digest_at(int ranks, const rig_case *setup) {
 rig_case zoo_case(const char *yaml) {
     return (rig_case){.tensors = rig_zoo, .count = rig_zoo_count, .yaml = yaml, .steps = 3};
 }
+
+size_t rows_apart(size_t apart) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+    return apart;
+#else
+    (void)apart;
+    return 1;
+#endif
+}
+
+bool row_left_out(size_t which, size_t apart) {
+    return which % (images_on_host() ? rows_apart(apart) : apart) != 0;
+}

@@ -24,6 +24,11 @@ typedef struct outcome {
 void ranks_run(muonshard_comm *comm, void *arg);
 /* The digest all ranks have in common. */
 uint64_t digest_at(int ranks, const rig_case *setup);
+/* Of long tables all but every `apart`-th row, where every access is looked at (sanitizers) and on
+ * a device that isn't there. */
+bool row_left_out(size_t which, size_t apart);
+/* 1, or `apart` under sanitizers. */
+size_t rows_apart(size_t apart);
 /* Three steps of the zoo. */
 rig_case zoo_case(const char *yaml);
 

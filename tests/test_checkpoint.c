@@ -25,17 +25,6 @@ static const char *const ways[] = {"", ", ownership: balanced, bucket_bytes: 1, 
                                    ", gather: params, bucket_bytes: 20000"};
 enum { WAYS = sizeof ways / sizeof ways[0] };
 
-#ifdef __SANITIZE_THREAD__
-enum { CHECKS_THREADS = 1 };
-#else
-enum { CHECKS_THREADS = 0 };
-#endif
-
-/* On a device that isn't there a part has to do; and where every access is looked at. */
-static bool left_out(size_t which) {
-    return (CHECKS_THREADS || !images_on_host()) && which % 5;
-}
-
 static const char *const masters[] = {"", ", gather: updates, master: replicated",
                                       ", rounding: stochastic, seed: 7"};
 
@@ -86,7 +75,7 @@ static void same_ranks(void **state) {
         for (size_t k = 0; k < RULES; k++)
             for (int n = 1; n <= MAX_RANKS; n++) {
                 const char *how = masters[dtype ? (k + (size_t)n) % 3 : 0];
-                if (left_out(k + (size_t)n + (size_t)dtype))
+                if (row_left_out(k + (size_t)n + (size_t)dtype, 5))
                     continue;
                 snprintf(yaml, sizeof yaml, "{%s%s}", rules[k], how);
                 const rig_case setup = zoo_of((muonshard_dtype)dtype, tensors, yaml);
@@ -106,7 +95,7 @@ static void other_ranks_and_plans(void **state) {
             for (int n = 1; n <= MAX_RANKS; n *= 2)
                 for (int to = 1; to <= MAX_RANKS; to *= 2) {
                     const size_t way = tried++ % WAYS;
-                    if (left_out(tried))
+                    if (row_left_out(tried, 5))
                         continue;
                     snprintf(yaml, sizeof yaml, "{%s}", rules[k]);
                     snprintf(other, sizeof other, "{%s%s}", rules[k], ways[way]);

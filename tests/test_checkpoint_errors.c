@@ -154,13 +154,6 @@ static void suffer_all(damage_fn which) {
 
 /* ---- bytes ---- */
 
-/* Sanitizers look at every access, and a part of the bytes has to do. */
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-enum { BYTES_APART = 11 };
-#else
-enum { BYTES_APART = 1 };
-#endif
-
 static bool flip(int file, size_t at, unsigned bits, damage *d) {
     if (at >= sound[file].count)
         return false;
@@ -196,8 +189,8 @@ static bool flip_files(size_t number, damage *d) {
 
 static void every_byte(void **state) {
     (void)state;
-    suffer_each(flip_manifest, BYTES_APART);
-    suffer_each(flip_files, BYTES_APART);
+    suffer_each(flip_manifest, rows_apart(11));
+    suffer_each(flip_files, rows_apart(11));
 }
 
 static bool cut(size_t number, damage *d) {
@@ -218,7 +211,7 @@ static bool cut(size_t number, damage *d) {
 
 static void truncated(void **state) {
     (void)state;
-    suffer_each(cut, BYTES_APART);
+    suffer_each(cut, rows_apart(11));
 }
 
 /* ---- files that aren't what they should be ---- */

@@ -215,17 +215,6 @@ static void bad_steps(rig *r, outcome *out) {
         }
 }
 
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-enum { LOOKS_AT_ALL = 1 };
-#else
-enum { LOOKS_AT_ALL = 0 };
-#endif
-
-/* On a device that isn't there a part has to do; and where every access is looked at. */
-static bool left_out(size_t which) {
-    return (LOOKS_AT_ALL || !images_on_host()) && which % (LOOKS_AT_ALL ? 7 : 3);
-}
-
 /* Schedules go by calls, skipped or not, and are left out. */
 static void test_a_bad_gradient_changes_no_byte(void **state) {
     (void)state;
@@ -242,7 +231,7 @@ static void test_a_bad_gradient_changes_no_byte(void **state) {
     for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++)
         for (int n = 1; n <= MAX_RANKS; n++) {
             rig_case setup = cases[c];
-            if (left_out(c + (size_t)n))
+            if (row_left_out(c + (size_t)n, 3))
                 continue;
             setup.tensors = mixed;
             setup.count = MIXED;
@@ -425,7 +414,7 @@ static void test_extreme_gradients_lose_nothing(void **state) {
             for (int gram = 0; gram < 2; gram++)
                 for (int k = 0; k < 8; k++, runs++) {
                     char yaml[256];
-                    if (left_out((size_t)(runs + norm)))
+                    if (row_left_out((size_t)(runs + norm), 3))
                         continue;
                     snprintf(yaml, sizeof yaml,
                              "{preset: jordan, lr: 0.1, norm: %s, ns_dtype: %s, ns_form: %s, "

@@ -25,15 +25,16 @@ typedef struct saver {
     int keep;
 } saver;
 
-/* Errors of a save that is only looked for, and whose memory the thread may still read, stay. */
+/* Waits for the thread, by `save_timeout`; one that hangs keeps the memory it may still read. */
 void saver_free(muonshard_optimizer *o);
 
 /* The facts of the state as it is now. Waits for a device. */
 muonshard_status checkpoint_facts(muonshard_optimizer *o, image_facts *facts);
-/* No step is begun; a deferred one is finished, and nothing is under way on the device. */
-muonshard_status checkpoint_settle(muonshard_optimizer *o);
-/* Inside a save or load, waits have its deadline. */
+/* Inside a save or load, `phase`, waits have its deadline; returns the one outside, for leave. */
 double checkpoint_enter(muonshard_optimizer *o, const char *phase);
 void checkpoint_leave(muonshard_optimizer *o, double timeout_s);
+/* A save before is completed, a deferred step finished, and nothing under way on the device: the
+ * state is that after the latest step. No step is half marked. Collective. */
+muonshard_status checkpoint_settle(muonshard_optimizer *o, const char *phase);
 
 #endif

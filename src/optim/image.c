@@ -1,13 +1,12 @@
 #include "optim/image.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
+#include "whole_file.h"
 
 enum { PIECE = 1 << 24 }; /* bytes on their way to a device */
 
@@ -16,8 +15,10 @@ static const char *const dtype_names[] = {"F32", "BF16", "F16"};
 
 /* ---- writing ---- */
 
+enum { FACTS = 6 };
+
 /* Numbers have one width, so that all steps' images have one size. */
-static void write_facts(const image_facts *f, char text[6][24]) {
+static void write_facts(const image_facts *f, char text[FACTS][24]) {
     snprintf(text[0], sizeof text[0], "%d", IMAGE_VERSION);
     snprintf(text[1], sizeof text[1], "%019" PRId64, f->step);
     snprintf(text[2], sizeof text[2], "%019" PRId64, f->count);
@@ -26,16 +27,16 @@ static void write_facts(const image_facts *f, char text[6][24]) {
     snprintf(text[5], sizeof text[5], "%016" PRIx64, f->tensors);
 }
 
-static const char *const fact_keys[6] = {"muonshard_image", "step",   "count", "rank",
-                                         "world_size",      "tensors"};
+static const char *const fact_keys[FACTS] = {"muonshard_image", "step",   "count", "rank",
+                                             "world_size",      "tensors"};
 
 static muonshard_status make_header(const muonshard_optimizer *o, const image_facts *facts,
                                     image *made, safetensors_tensor *tensors, char *names,
                                     error_text *error) {
-    char numbers[6][24];
-    safetensors_pair metadata[6];
+    char numbers[FACTS][24];
+    safetensors_pair metadata[FACTS];
     write_facts(facts, numbers);
-    for (size_t i = 0; i < 6; i++)
+    for (size_t i = 0; i < FACTS; i++)
         metadata[i] = (safetensors_pair){fact_keys[i], numbers[i]};
     for (size_t i = 0; i < made->list.count; i++) {
         const state_slice *s = &made->list.slices[i];
@@ -51,7 +52,7 @@ static muonshard_status make_header(const muonshard_optimizer *o, const image_fa
                  1;
         made->bytes += tensors[i].bytes;
     }
-    TRY(safetensors_header("checkpoint", tensors, made->list.count, metadata, 6, &made->header,
+    TRY(safetensors_header("checkpoint", tensors, made->list.count, metadata, FACTS, &made->header,
                            &made->header_bytes, error));
     made->bytes += made->header_bytes;
     return MUONSHARD_OK;
@@ -124,14 +125,14 @@ typedef struct named {
 } named;
 
 muonshard_status image_source_open(const image_source *from, int *file, error_text *error) {
-    struct stat info;
+    uint64_t bytes;
     *file = -1;
     if (from->memory)
         return MUONSHARD_OK;
-    *file = openat(from->directory, from->name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    *file = whole_file_open(from->directory, from->name, &bytes);
     FAIL_IF(*file < 0, error, MUONSHARD_ERR_IO, "%s: cannot be read: %s", from->name,
             strerror(errno));
-    if (fstat(*file, &info) == 0 && S_ISREG(info.st_mode) && (uint64_t)info.st_size == from->bytes)
+    if (bytes == from->bytes)
         return MUONSHARD_OK;
     close(*file);
     return fail(error, MUONSHARD_ERR_FORMAT, "%s: no file of %zu bytes", from->name, from->bytes);
@@ -171,8 +172,8 @@ static bool read_number(const char *text, int base, uint64_t *number) {
 
 static muonshard_status read_facts(const safetensors_file *file, image_facts *facts,
                                    error_text *error) {
-    uint64_t numbers[6];
-    for (size_t k = 0; k < 6; k++) {
+    uint64_t numbers[FACTS];
+    for (size_t k = 0; k < FACTS; k++) {
         const char *value = NULL;
         for (size_t i = 0; i < file->metadata_count; i++)
             if (strcmp(file->metadata[i].key, fact_keys[k]) == 0)

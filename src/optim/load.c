@@ -334,9 +334,7 @@ muonshard_status muonshard_load(muonshard_optimizer *o, const char *directory,
         status = fail(&o->error, MUONSHARD_ERR_ARGUMENT, "load: directory is %s",
                       directory ? "empty" : "NULL");
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
-    TRY_GOTO(muonshard_save_wait(o), done); /* what it completes and removes comes before we look */
-    TRY_GOTO(checkpoint_settle(o), done);
-    checkpoint_enter(o, "load");
+    TRY_GOTO(checkpoint_settle(o, "load"), done); /* a save completes and removes: look then */
     if (o->comm->rank == 0)
         status = find_candidates(&c, directory, &o->error);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
@@ -378,9 +376,7 @@ muonshard_status muonshard_load_memory(muonshard_optimizer *o, const void *const
     if (status == MUONSHARD_OK)
         status = check_memory(o, images, bytes, count, sources);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
-    TRY_GOTO(muonshard_save_wait(o), done);
-    TRY_GOTO(checkpoint_settle(o), done);
-    checkpoint_enter(o, "load");
+    TRY_GOTO(checkpoint_settle(o, "load"), done);
     TRY_GOTO(load_images(o, keep_result(o, "", NULL), NULL, NULL, sources, count, &own, &facts),
              done);
     status = give_result(o, &facts, result);

@@ -13,10 +13,14 @@
 
 /* ---- common to saving and loading ---- */
 
-double checkpoint_enter(muonshard_optimizer *o, const char *phase) {
-    const double outside = o->comm->options.timeout_s;
+static void mark(muonshard_optimizer *o, const char *phase) {
     comm_mark(o->comm, o->step, "%s", phase);
     fault_point(phase);
+}
+
+double checkpoint_enter(muonshard_optimizer *o, const char *phase) {
+    const double outside = o->comm->options.timeout_s;
+    mark(o, phase);
     o->comm->options.timeout_s = o->settings->save_timeout_s;
     return outside;
 }
@@ -24,15 +28,6 @@ double checkpoint_enter(muonshard_optimizer *o, const char *phase) {
 void checkpoint_leave(muonshard_optimizer *o, double timeout_s) {
     comm_mark(o->comm, 0, "between steps");
     o->comm->options.timeout_s = timeout_s;
-}
-
-muonshard_status checkpoint_settle(muonshard_optimizer *o) {
-    FAIL_IF(o->open && !o->called, &o->error, MUONSHARD_ERR_STATE,
-            "gradients are marked for step %lld, which has not been taken", (long long)o->step);
-    if (o->open)
-        TRY(step_run_until(o, o->schedule.count));
-    TRY(settle_until(o, o->step));
-    return step_join(o, o->stream);
 }
 
 muonshard_status checkpoint_facts(muonshard_optimizer *o, image_facts *facts) {
@@ -282,9 +277,7 @@ muonshard_status muonshard_save(muonshard_optimizer *o, const char *directory,
     if (status == MUONSHARD_OK)
         status = check_save(o, directory, &own);
     TRY_GOTO(comm_agree(o->comm, status, &o->error), done);
-    TRY_GOTO(muonshard_save_wait(o), done);
-    TRY_GOTO(checkpoint_settle(o), done);
-    checkpoint_enter(o, "save");
+    TRY_GOTO(checkpoint_settle(o, "save"), done);
     status = begin_save(o, directory, &own);
     if (status) {
         discard(o, o->saver);
@@ -397,6 +390,20 @@ muonshard_status muonshard_save_wait(muonshard_optimizer *o) {
     return status;
 }
 
+static muonshard_status settle_steps(muonshard_optimizer *o) {
+    if (o->open)
+        TRY(step_run_until(o, o->schedule.count));
+    TRY(settle_until(o, o->step));
+    return step_join(o, o->stream);
+}
+
+muonshard_status checkpoint_settle(muonshard_optimizer *o, const char *phase) {
+    TRY(muonshard_save_wait(o));
+    TRY(settle_steps(o));
+    mark(o, phase);
+    return MUONSHARD_OK;
+}
+
 /* ---- memory of the caller's ---- */
 
 muonshard_status muonshard_state_size(const muonshard_optimizer *o, size_t *bytes) {
@@ -420,7 +427,7 @@ muonshard_status muonshard_save_memory(muonshard_optimizer *o, void *memory, siz
     FAIL_IF(!memory, &o->error, MUONSHARD_ERR_ARGUMENT, "save: memory is NULL");
     FAIL_IF(o->open, &o->error, MUONSHARD_ERR_STATE, "save: step %lld is not finished",
             (long long)o->step);
-    TRY(checkpoint_settle(o));
+    TRY(settle_steps(o));
     TRY(checkpoint_facts(o, &facts));
     TRY(image_make(o, &facts, &made, &o->error));
     muonshard_status status = MUONSHARD_OK;

@@ -151,16 +151,14 @@ muonshard_status series_new(const char *directory, int64_t step, char **path, er
 
 /* ---- looking ---- */
 
-/* A regular file of a checkpoint, and no link out of it; -1 with errno. */
-static int open_file(const char *checkpoint, const char *name, struct stat *info) {
-    char *path = series_path(checkpoint, name);
-    const int fd = path ? open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC) : -1;
-    free(path);
-    if (fd >= 0 && (fstat(fd, info) != 0 || !S_ISREG(info->st_mode))) {
-        close(fd);
-        errno = EINVAL;
-        return -1;
-    }
+/* A file of a checkpoint; -1 with errno. */
+static int open_file(const char *checkpoint, const char *name, uint64_t *bytes) {
+    const int directory = open(checkpoint, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const int fd = directory < 0 ? -1 : whole_file_open(directory, name, bytes);
+    const int code = errno;
+    if (directory >= 0)
+        close(directory);
+    errno = code;
     return fd;
 }
 
@@ -177,12 +175,12 @@ static bool read_all(int fd, char *to, size_t bytes) {
 
 muonshard_status series_read_manifest(const char *checkpoint, char **text, size_t *length,
                                       error_text *error) {
-    struct stat info;
+    uint64_t bytes;
     *text = NULL;
-    const int fd = open_file(checkpoint, MANIFEST_NAME, &info);
+    const int fd = open_file(checkpoint, MANIFEST_NAME, &bytes);
     FAIL_IF(fd < 0, error, MUONSHARD_ERR_IO, "%s/" MANIFEST_NAME ": cannot be read: %s", checkpoint,
             strerror(errno));
-    *length = (size_t)info.st_size;
+    *length = (size_t)bytes;
     muonshard_status status = MUONSHARD_OK;
     if (*length > MANIFEST_MOST)
         status = fail(error, MUONSHARD_ERR_FORMAT, "%s/" MANIFEST_NAME ": %zu bytes are too many",
@@ -202,14 +200,14 @@ muonshard_status series_read_manifest(const char *checkpoint, char **text, size_
 muonshard_status series_check_files(const char *checkpoint, const manifest *m, error_text *error) {
     for (int r = 0; r < m->world_size; r++) {
         char name[SERIES_FILE];
-        struct stat info;
+        uint64_t bytes;
         series_file(r, name);
-        const int fd = open_file(checkpoint, name, &info);
+        const int fd = open_file(checkpoint, name, &bytes);
         FAIL_IF(fd < 0, error, MUONSHARD_ERR_IO, "%s/%s: cannot be read: %s", checkpoint, name,
                 strerror(errno));
         close(fd);
-        FAIL_IF((uint64_t)info.st_size != m->files[r].bytes, error, MUONSHARD_ERR_FORMAT,
-                "%s/%s: has %lld bytes of %" PRIu64, checkpoint, name, (long long)info.st_size,
+        FAIL_IF(bytes != m->files[r].bytes, error, MUONSHARD_ERR_FORMAT,
+                "%s/%s: has %" PRIu64 " bytes of %" PRIu64, checkpoint, name, bytes,
                 m->files[r].bytes);
     }
     return MUONSHARD_OK;

@@ -1,6 +1,5 @@
+/* What src/fault.h promises. */
 #include "fault.h"
-
-#if defined(MUONSHARD_FAULTS) && !defined(FAULT_NEVER)
 
 #include <errno.h>
 #include <fcntl.h>
@@ -91,7 +90,7 @@ static int consider(const char *fault, size_t length, size_t number, const char 
     return act(fault, (size_t)(at - fault));
 }
 
-int fault_point(const char *name) {
+int fault_act(const char *name) {
     write_log(name);
     const char *list = getenv("MUONSHARD_FAULT");
     int outcome = 0;
@@ -103,14 +102,3 @@ int fault_point(const char *name) {
     }
     return outcome;
 }
-
-#elif defined(MUONSHARD_FAULTS)
-
-int fault_point(const char *name) {
-    (void)name;
-    return 0;
-}
-
-#else
-typedef int fault_no_empty_file;
-#endif
