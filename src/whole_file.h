@@ -29,7 +29,8 @@ muonshard_status whole_file_write(whole_file *file, const void *data, size_t byt
 muonshard_status whole_file_end(whole_file *file, error_text *error);
 /* After any outcome; the temporary is gone. */
 void whole_file_close(whole_file *file);
-/* A file of an open directory, to be read: regular, and no link. -1 with errno. */
+/* A file of an open directory, to be read: regular, and no link. -1 with errno, EINVAL: something
+ * else than a file. */
 int whole_file_open(int directory, const char *name, uint64_t *bytes);
 /* So that names in it survive a crash. Some file systems cannot, and say EINVAL. -1 with errno. */
 int whole_file_sync_directory(int directory);

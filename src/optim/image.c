@@ -130,11 +130,12 @@ muonshard_status image_source_open(const image_source *from, int *file, error_te
     if (from->memory)
         return MUONSHARD_OK;
     *file = whole_file_open(from->directory, from->name, &bytes);
-    FAIL_IF(*file < 0, error, MUONSHARD_ERR_IO, "%s: cannot be read: %s", from->name,
-            strerror(errno));
-    if (bytes == from->bytes)
+    FAIL_IF(*file < 0 && errno != EINVAL, error, MUONSHARD_ERR_IO, "%s: cannot be read: %s",
+            from->name, strerror(errno));
+    if (*file >= 0 && bytes == from->bytes)
         return MUONSHARD_OK;
-    close(*file);
+    if (*file >= 0)
+        close(*file);
     return fail(error, MUONSHARD_ERR_FORMAT, "%s: no file of %zu bytes", from->name, from->bytes);
 }
 
