@@ -1,7 +1,7 @@
 # libmuonshard_cuda: the CUDA backend and the NCCL communicator, opened at run time. Its own copies of the few core files
 # it needs make it stand alone.
 set(MUONSHARD_CUDA_HOST
-  src/kernels/cuda.c src/kernels/cuda_gemm.c src/kernels/cuda_orthogonalize.c src/kernels/cuda_plugin.c src/comm/nccl.c
+  src/kernels/cuda.c src/kernels/cuda_gemm.c src/kernels/cuda_gemm_table.c src/kernels/cuda_orthogonalize.c src/kernels/cuda_plugin.c src/comm/nccl.c
   src/comm/comm.c src/status.c src/dtype.c src/kernels/program.c src/kernels/cuda_layout.c)
 set(MUONSHARD_CUDA_KERNELS src/kernels/cuda_elementwise.cu src/kernels/cuda_sums.cu src/kernels/cuda_normalize.cu)
 list(TRANSFORM MUONSHARD_CUDA_HOST PREPEND ${PROJECT_SOURCE_DIR}/)

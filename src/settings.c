@@ -222,6 +222,17 @@ const muonshard_param settings_table[] = {
          "of ranks; otherwise NCCL sums fp32 itself, in an order of its own."),
     BOOL("cuda_graphs", cuda_graphs, "true",
          "What a GPU computes between two collectives is launched as one CUDA graph."),
+    CHOICE("gemm_choice", gemm_choice, "proposed", "proposed|measured",
+           "Which of cuBLASLt's algorithms multiplies in Newton-Schulz, chosen once a shape, at "
+           "commit: the first it proposes, or the fastest of those, which takes seconds and may "
+           "come out otherwise the next time, unless gemm_table keeps it."),
+    TEXT("gemm_table", gemm_table, "",
+         "File of chosen algorithms, read at commit and written when there are new ones; %r "
+         "becomes "
+         "the rank; it is of one kind of GPU and one version of cuBLASLt. Empty: none."),
+    INT("symmetric_panels", symmetric_panels, "0", 0, 16,
+        "Panels a symmetric product is made of on a GPU, each up to the diagonal; 1: whole; 0: as "
+        "many as take the least time by a model."),
     INT("threads", threads, "0", 0, 4096,
         "Threads of a rank on the host, a matrix each; 0: the cores the rank may run on, divided "
         "among the ranks that may run on them."),

@@ -117,8 +117,11 @@ typedef struct settings {
     int share_gpu;     /* ranks may share a device */
     int deterministic; /* over NCCL: sums in rank order */
     int cuda_graphs;
-    int64_t threads;  /* 0: auto */
-    int instructions; /* 0: auto, else 1 + host_isa */
+    int gemm_choice; /* 1: measured */
+    const char *gemm_table;
+    int64_t symmetric_panels; /* 0: auto */
+    int64_t threads;          /* 0: auto */
+    int instructions;         /* 0: auto, else 1 + host_isa */
     int64_t
         bucket_bytes; /* of gradient a rank sends in one reduce-scatter group; at least one wave */
     int64_t batch_bytes; /* of updates a rank owns in one Newton-Schulz batch; at least one wave */

@@ -68,6 +68,7 @@ typedef struct comm_ops {
     const char *name;
     bool native_reduce_scatter; /* in fp32 whatever is sent; comm_create sets `sums` by it */
     bool on_stream; /* takes any backend's memory; done means that it is in the stream's order */
+    bool gathers_in_place;   /* all-gather: send may be the rank's own place in recv */
     bool leaves_out_empty;   /* slots that mean nothing, where they are more than a quarter */
     bool writes_after_death; /* what never completed may still write to its buffers */
     /* Begins the ticket's request; same order on every rank; never waits for another rank.

@@ -113,8 +113,9 @@ static int post_messages(const mpi_transport *transport, const muonshard_comm *c
         operation->count += code == MPI_SUCCESS;
     }
     const size_t own = (size_t)comm->rank * part->bytes;
-    if (request->kind != COMM_REDUCE_SCATTER) /* which reads it where it is */
-        memcpy(to + own, gathers ? from : from + own, part->bytes);
+    const char *mine = gathers ? from : from + own;
+    if (request->kind != COMM_REDUCE_SCATTER && mine != to + own) /* it reads it where it is */
+        memcpy(to + own, mine, part->bytes);
     return code;
 }
 
@@ -218,6 +219,7 @@ static void mpi_destroy(muonshard_comm *comm) {
 }
 
 static const comm_ops mpi_ops = {.name = "mpi",
+                                 .gathers_in_place = true,
                                  .native_reduce_scatter = false,
                                  .writes_after_death = true,
                                  .start = mpi_start,

@@ -372,6 +372,7 @@ static void nccl_destroy(muonshard_comm *comm) {
 static const comm_ops nccl_ops = {.name = "nccl",
                                   .native_reduce_scatter = true,
                                   .on_stream = true,
+                                  .gathers_in_place = true,
                                   .leaves_out_empty = true,
                                   .writes_after_death = true,
                                   .start = nccl_start,

@@ -52,6 +52,7 @@ static void self_destroy(muonshard_comm *comm) {
 static const comm_ops self_ops = {.name = "self",
                                   .native_reduce_scatter = true,
                                   .on_stream = true,
+                                  .gathers_in_place = true,
                                   .start = self_start,
                                   .test = self_test,
                                   .destroy = self_destroy};

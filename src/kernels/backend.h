@@ -313,6 +313,15 @@ typedef struct stream_ops {
     muonshard_status (*end_segment)(backend *self, size_t index, segment_mode mode);
     muonshard_status (*replay_segment)(backend *self, size_t index);
     void *(*native)(backend *self, backend_stream stream); /* cudaStream_t */
+    /* Chooses what orthogonalize with the same arguments needs to have chosen. By time, it waits
+     * for the device and writes to the workspace and to where the items want U. */
+    muonshard_status (*prepare)(backend *self, const ns_program *program, int64_t m, int64_t n,
+                                const orthogonalize_item *items, size_t count, void *workspace);
+    /* All that was chosen as lines of text, the caller's to free; NULL if nothing was since the
+     * last time. And back: before prepare. ERR_CONFIG: of another device or library, or no such
+     * text. */
+    muonshard_status (*choices)(backend *self, char **text);
+    muonshard_status (*take_choices)(backend *self, const char *text);
     /* For profilers: what is launched between begin and end. */
     void (*range_begin)(backend *self, const char *name);
     void (*range_end)(backend *self);
@@ -358,6 +367,8 @@ typedef struct host_options {
 typedef struct cuda_options {
     int local_rank; /* among the ranks of this machine: the device, where several are visible */
     bool share;     /* ranks may share a device; then nothing overlaps on it */
+    bool measures;  /* prepare chooses by time */
+    int panels;     /* of symmetric products; 0: as many as pay */
 } cuda_options;
 
 /* The best this processor has. */

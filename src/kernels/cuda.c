@@ -188,6 +188,13 @@ static muonshard_status cuda_adam_items(backend *self, const kernel_context *con
     return MUONSHARD_OK;
 }
 
+static muonshard_status cuda_prepare_items(backend *self, const ns_program *program, int64_t m,
+                                           int64_t n, const orthogonalize_item *items, size_t count,
+                                           void *workspace) {
+    TRY_CUDA(self, enter(self));
+    return cuda_prepare(self, program, m, n, items, count, workspace);
+}
+
 /* ---- order between streams ---- */
 
 static muonshard_status wait_for(backend *self, cudaStream_t from, cudaEvent_t event,
@@ -405,6 +412,9 @@ static const stream_ops cuda_streams = {
     .end_segment = cuda_end_segment,
     .replay_segment = cuda_replay_segment,
     .native = cuda_native,
+    .prepare = cuda_prepare_items,
+    .choices = gemm_table_text,
+    .take_choices = gemm_table_read,
     .range_begin = cuda_range_begin,
     .range_end = cuda_range_end,
 };
@@ -442,6 +452,9 @@ static muonshard_status describe_device(backend *self, error_text *error) {
     FAIL_IF(code != cudaSuccess, error, MUONSHARD_ERR_UNAVAILABLE, "no CUDA backend: %s",
             cudaGetErrorString(code));
     memcpy(self->device, p.uuid.bytes, sizeof self->device);
+    cuda_of(self)->processors = p.multiProcessorCount;
+    snprintf(cuda_of(self)->model, sizeof cuda_of(self)->model, "%.30s, sm_%d%d", p.name, p.major,
+             p.minor);
     int at = snprintf(self->device_text, sizeof self->device_text,
                       "device %d: %.30s, sm_%d%d, GPU-", device, p.name, p.major, p.minor);
     for (int i = 0; i < 16; i++) /* as nvidia-smi -L writes it */
@@ -491,6 +504,8 @@ muonshard_status cuda_open(cuda_options options, backend **out, error_text *erro
     }
     self->ordinal = device;
     self->impl = impl;
+    impl->measures_gemms = options.measures;
+    impl->panels = options.panels;
     self->ops = &cuda_ops;
     self->streams = &cuda_streams;
     self->threads = 1;

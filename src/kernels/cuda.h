@@ -16,6 +16,10 @@ typedef struct cuda_impl {
     cudaEvent_t joined;                 /* own */
     cublasLtHandle_t blas;              /* own */
     gemm_table *gemms;                  /* own */
+    bool measures_gemms;                /* algorithms are chosen by time */
+    int processors;                     /* multiprocessors of the device */
+    char model[48];                     /* of the device: name and architecture */
+    int panels;                         /* of symmetric products; 0: as many as pay */
     double *scratch;                    /* own, device, of the compute stream */
     cudaEvent_t *stamps;                /* own, [stamp_count] */
     size_t stamp_count;
@@ -48,26 +52,44 @@ size_t cuda_orthogonalize_workspace(backend *self, const ns_program *program, in
 muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
                                     const ns_program *program, int64_t m, int64_t n,
                                     const orthogonalize_item *items, size_t count, void *workspace);
+muonshard_status cuda_prepare(backend *self, const ns_program *program, int64_t m, int64_t n,
+                              const orthogonalize_item *items, size_t count, void *workspace);
 
 /* ---- cuda_gemm.c: batched products through cuBLASLt ---- */
 
 typedef enum gemm_type { GEMM_FP32, GEMM_TF32, GEMM_BF16, GEMM_FP16, GEMM_FP64 } gemm_type;
 
-/* dst [batch, rows, cols] = alpha a [batch, rows, depth] b + beta c, row-major, one matrix after
- * the other; b is [batch, depth, cols], or [batch, cols, depth] of which the transpose is taken.
- * `stored`: of c and dst. c may be NULL where beta is 0. */
+/* Matrices of a batch: the first, and how many elements lie from a row to the next and from a
+ * matrix to the next. */
+typedef struct gemm_matrices {
+    const void *at;
+    int64_t pitch, stride;
+} gemm_matrices;
+
+/* dst [batch, rows, cols] = alpha a [batch, rows, depth] b + beta c, row-major; b is [batch, depth,
+ * cols], or [batch, cols, depth] of which the transpose is taken. `stored`: of c and dst. c.at may
+ * be NULL where beta is 0. */
 typedef struct gemm {
     gemm_type operands, stored;
     int64_t rows, cols, depth;
     bool b_transposed;
     size_t batch;
     double alpha, beta;
-    const void *a, *b, *c;
-    void *dst;
+    gemm_matrices a, b, c;
+    gemm_matrices dst; /* is written */
 } gemm;
 
-/* What is chosen for a shape once is kept. `workspace` [GEMM_WORKSPACE]. */
+/* Descriptors and algorithm are chosen once for what is alike in all but numbers and addresses:
+ * here, or in gemm_prepare before. `workspace` [GEMM_WORKSPACE]. */
 muonshard_status gemm_run(backend *self, const gemm *g, void *workspace);
+/* Chooses, so that gemm_run has not to. Where algorithms are measured, those that cuBLASLt proposes
+ * run, into dst, and the fastest is taken: waits for the device. */
+muonshard_status gemm_prepare(backend *self, const gemm *g, void *workspace);
 void gemm_table_free(gemm_table *table);
+
+/* ---- cuda_gemm_table.c ---- see choices and take_choices of stream_ops */
+
+muonshard_status gemm_table_text(backend *self, char **text);
+muonshard_status gemm_table_read(backend *self, const char *text);
 
 #endif

@@ -1,26 +1,13 @@
 /* cuda_gemm.c - batched products through cuBLASLt: descriptors and algorithm of a shape are made
- * when it comes for the first time, and kept. */
+ * once, and kept. The algorithm is the one cuBLASLt puts first, or the fastest of those it
+ * proposes. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cuda.h"
+#include "kernels/cuda_gemm.h"
 
-typedef struct gemm_key { /* compared as bytes: all of it is set, padding too */
-    int32_t operands, stored;
-    int64_t b_transposed, rows, cols, depth, batch;
-} gemm_key;
-
-typedef struct gemm_choice {
-    gemm_key key;
-    cublasLtMatmulDesc_t operation;           /* own */
-    cublasLtMatrixLayout_t left, right, dest; /* own; as cuBLAS sees them, in columns */
-    cublasLtMatmulAlgo_t algorithm;
-} gemm_choice;
-
-struct gemm_table {
-    gemm_choice *choices; /* own */
-    size_t count, capacity;
-};
+enum { CANDIDATES = 8, TIMED_RUNS = 5, MOST_ALIGNED = 256 };
 
 static cudaDataType_t data_type(gemm_type type) {
     switch (type) {
@@ -45,20 +32,19 @@ static muonshard_status blas_failed(backend *self, cublasStatus_t code, const ge
                 (long long)key->depth, (long long)key->depth, (long long)key->cols);
 }
 
-static void free_choice(gemm_choice *c) {
+void gemm_free_choice(gemm_choice *c) {
     if (c->operation)
         cublasLtMatmulDescDestroy(c->operation);
-    const cublasLtMatrixLayout_t layouts[] = {c->left, c->right, c->dest};
-    for (int i = 0; i < 3; i++)
-        if (layouts[i])
-            cublasLtMatrixLayoutDestroy(layouts[i]);
+    for (int i = 0; i < GEMM_PLACES; i++)
+        if (c->layouts[i])
+            cublasLtMatrixLayoutDestroy(c->layouts[i]);
 }
 
 void gemm_table_free(gemm_table *table) {
     if (!table)
         return;
     for (size_t i = 0; i < table->count; i++)
-        free_choice(&table->choices[i]);
+        gemm_free_choice(&table->choices[i]);
     free(table->choices);
     free(table);
 }
@@ -70,58 +56,80 @@ void gemm_table_free(gemm_table *table) {
             return try_blas_;                                                                      \
     } while (0)
 
-/* [rows, cols] in columns, one matrix right after the other. */
-static cublasStatus_t make_layout(cublasLtMatrixLayout_t *layout, gemm_type type, int64_t rows,
-                                  int64_t cols, int64_t batch) {
-    const int32_t count = (int32_t)batch;
-    const int64_t stride = rows * cols;
-    TRY_BLAS(
-        cublasLtMatrixLayoutCreate(layout, data_type(type), (uint64_t)rows, (uint64_t)cols, rows));
+/* [rows, cols] in memory are [cols, rows] in columns. */
+static cublasStatus_t make_layout(gemm_choice *c, int place, gemm_type type, int64_t rows,
+                                  int64_t cols) {
+    cublasLtMatrixLayout_t *layout = &c->layouts[place];
+    const int32_t count = (int32_t)c->key.batch;
+    const int64_t stride = c->key.stride[place];
+    TRY_BLAS(cublasLtMatrixLayoutCreate(layout, data_type(type), (uint64_t)cols, (uint64_t)rows,
+                                        c->key.pitch[place]));
     TRY_BLAS(cublasLtMatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
                                               sizeof count));
     return cublasLtMatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
                                             &stride, sizeof stride);
 }
 
-static cublasStatus_t choose_algorithm(cublasLtHandle_t blas, gemm_choice *c) {
-    cublasLtMatmulPreference_t preference = NULL;
-    cublasLtMatmulHeuristicResult_t result;
-    const size_t bytes = GEMM_WORKSPACE;
-    int found = 0;
-    TRY_BLAS(cublasLtMatmulPreferenceCreate(&preference));
-    cublasStatus_t status = cublasLtMatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes);
-    if (status == CUBLAS_STATUS_SUCCESS)
-        status = cublasLtMatmulAlgoGetHeuristic(blas, c->operation, c->left, c->right, c->dest,
-                                                c->dest, preference, 1, &result, &found);
-    cublasLtMatmulPreferenceDestroy(preference);
-    if (status == CUBLAS_STATUS_SUCCESS)
-        status = found ? result.state : CUBLAS_STATUS_NOT_SUPPORTED;
-    if (status == CUBLAS_STATUS_SUCCESS)
-        c->algorithm = result.algo;
-    return status;
-}
-
-/* Rows in memory are columns to cuBLAS, which therefore computes dst^T = b^T a^T. */
-static cublasStatus_t make_choice(cublasLtHandle_t blas, gemm_choice *c) {
+cublasStatus_t gemm_describe(gemm_choice *c) {
     const gemm_key *k = &c->key;
-    const gemm_type operands = (gemm_type)k->operands;
+    const gemm_type operands = (gemm_type)k->operands, stored = (gemm_type)k->stored;
     const cudaDataType_t scalars = operands == GEMM_FP64 ? CUDA_R_64F : CUDA_R_32F;
     const cublasOperation_t transposed = CUBLAS_OP_T;
     TRY_BLAS(cublasLtMatmulDescCreate(&c->operation, compute_type(operands), scalars));
     if (k->b_transposed)
         TRY_BLAS(cublasLtMatmulDescSetAttribute(c->operation, CUBLASLT_MATMUL_DESC_TRANSA,
                                                 &transposed, sizeof transposed));
-    const int64_t b_rows = k->b_transposed ? k->depth : k->cols;
-    const int64_t b_cols = k->b_transposed ? k->cols : k->depth;
-    TRY_BLAS(make_layout(&c->left, operands, b_rows, b_cols, k->batch));
-    TRY_BLAS(make_layout(&c->right, operands, k->depth, k->rows, k->batch));
-    TRY_BLAS(make_layout(&c->dest, (gemm_type)k->stored, k->cols, k->rows, k->batch));
-    return choose_algorithm(blas, c);
+    TRY_BLAS(make_layout(c, GEMM_A, operands, k->rows, k->depth));
+    TRY_BLAS(make_layout(c, GEMM_B, operands, k->b_transposed ? k->cols : k->depth,
+                         k->b_transposed ? k->depth : k->cols));
+    TRY_BLAS(make_layout(c, GEMM_C, stored, k->rows, k->cols));
+    return make_layout(c, GEMM_DST, stored, k->rows, k->cols);
 }
 
-/* Room for one more. */
-static gemm_choice *next_choice(cuda_impl *impl) {
+/* Algorithms for the choice, best guess first; `found` of at most `wanted`. */
+static cublasStatus_t propose(cublasLtHandle_t blas, const gemm_choice *c,
+                              cublasLtMatmulHeuristicResult_t *results, int wanted, int *found) {
+    static const cublasLtMatmulPreferenceAttributes_t alignments[GEMM_PLACES] = {
+        [GEMM_A] = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        [GEMM_B] = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+        [GEMM_C] = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+        [GEMM_DST] = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    cublasLtMatmulPreference_t preference = NULL;
+    const size_t bytes = GEMM_WORKSPACE;
+    *found = 0;
+    TRY_BLAS(cublasLtMatmulPreferenceCreate(&preference));
+    cublasStatus_t status = cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes);
+    for (int i = 0; i < GEMM_PLACES && status == CUBLAS_STATUS_SUCCESS; i++) {
+        const uint32_t alignment = (uint32_t)c->key.alignment[i];
+        status = cublasLtMatmulPreferenceSetAttribute(preference, alignments[i], &alignment,
+                                                      sizeof alignment);
+    }
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = cublasLtMatmulAlgoGetHeuristic(
+            blas, c->operation, c->layouts[GEMM_B], c->layouts[GEMM_A], c->layouts[GEMM_C],
+            c->layouts[GEMM_DST], preference, wanted, results, found);
+    cublasLtMatmulPreferenceDestroy(preference);
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = *found ? results[0].state : CUBLAS_STATUS_NOT_SUPPORTED;
+    return status;
+}
+
+static cublasStatus_t multiply(const cuda_impl *impl, const gemm_choice *c,
+                               const cublasLtMatmulAlgo_t *algorithm, const gemm *g,
+                               void *workspace) {
+    const bool wide = g->operands == GEMM_FP64;
+    const double wide_scalars[] = {g->alpha, g->c.at ? g->beta : 0.0};
+    const float scalars[] = {(float)wide_scalars[0], (float)wide_scalars[1]};
+    return cublasLtMatmul(
+        impl->blas, c->operation, wide ? (const void *)&wide_scalars[0] : &scalars[0], g->b.at,
+        c->layouts[GEMM_B], g->a.at, c->layouts[GEMM_A],
+        wide ? (const void *)&wide_scalars[1] : &scalars[1], g->c.at ? g->c.at : g->dst.at,
+        c->layouts[GEMM_C], (void *)(uintptr_t)g->dst.at, c->layouts[GEMM_DST], algorithm,
+        workspace, GEMM_WORKSPACE, impl->streams[STREAM_COMPUTE]);
+}
+
+gemm_choice *gemm_next_choice(cuda_impl *impl) {
     if (!impl->gemms)
         impl->gemms = calloc(1, sizeof *impl->gemms);
     gemm_table *t = impl->gemms;
@@ -136,45 +144,124 @@ static gemm_choice *next_choice(cuda_impl *impl) {
     return t ? &t->choices[t->count] : NULL;
 }
 
-static muonshard_status find_choice(backend *self, const gemm_key *key, gemm_choice **out) {
-    cuda_impl *impl = cuda_of(self);
-    for (size_t i = 0; impl->gemms && i < impl->gemms->count; i++) {
-        *out = &impl->gemms->choices[i];
-        if (memcmp(&(*out)->key, key, sizeof *key) == 0)
+/* ---- choosing ---- */
+
+/* Milliseconds of one run, of the best of a few; an algorithm that can't run takes for ever. */
+static muonshard_status time_of(backend *self, const gemm_choice *c,
+                                const cublasLtMatmulAlgo_t *algorithm, const gemm *g,
+                                void *workspace, cudaEvent_t from, cudaEvent_t to, float *ms) {
+    const cuda_impl *impl = cuda_of(self);
+    *ms = INFINITY;
+    for (int i = 0; i < 1 + TIMED_RUNS; i++) {
+        float run = INFINITY;
+        TRY_CUDA(self, cudaEventRecord(from, impl->streams[STREAM_COMPUTE]));
+        if (multiply(impl, c, algorithm, g, workspace) != CUBLAS_STATUS_SUCCESS)
             return MUONSHARD_OK;
+        TRY_CUDA(self, cudaEventRecord(to, impl->streams[STREAM_COMPUTE]));
+        TRY_CUDA(self, cudaStreamSynchronize(impl->streams[STREAM_COMPUTE]));
+        TRY_CUDA(self, cudaEventElapsedTime(&run, from, to));
+        if (i > 0 && run < *ms) /* the first loads code */
+            *ms = run;
     }
-    *out = next_choice(impl);
-    FAIL_IF(!*out, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
-    **out = (gemm_choice){.key = *key};
-    const cublasStatus_t code = make_choice(impl->blas, *out);
-    if (code != CUBLAS_STATUS_SUCCESS) {
-        free_choice(*out);
-        return blas_failed(self, code, key);
-    }
-    impl->gemms->count++;
     return MUONSHARD_OK;
 }
 
-muonshard_status gemm_run(backend *self, const gemm *g, void *workspace) {
+static muonshard_status measure(backend *self, const gemm_choice *c,
+                                const cublasLtMatmulHeuristicResult_t *results, int found,
+                                const gemm *g, void *workspace, int *best) {
+    cudaEvent_t from = NULL, to = NULL;
+    float fastest = INFINITY;
+    muonshard_status status = MUONSHARD_OK;
+    cudaError_t code = cudaEventCreate(&from);
+    if (code == cudaSuccess)
+        code = cudaEventCreate(&to);
+    if (code != cudaSuccess)
+        status = cuda_failed(self, code, "cudaEventCreate");
+    *best = 0;
+    for (int i = 0; i < found && status == MUONSHARD_OK; i++) {
+        float ms = INFINITY;
+        if (results[i].state == CUBLAS_STATUS_SUCCESS)
+            status = time_of(self, c, &results[i].algo, g, workspace, from, to, &ms);
+        if (ms < fastest) {
+            fastest = ms;
+            *best = i;
+        }
+    }
+    if (from)
+        cudaEventDestroy(from);
+    if (to)
+        cudaEventDestroy(to);
+    return status;
+}
+
+static muonshard_status choose(backend *self, gemm_choice *c, const gemm *g, bool by_time,
+                               void *workspace) {
+    cublasLtMatmulHeuristicResult_t results[CANDIDATES];
+    int found = 0, best = 0;
+    cublasStatus_t code = gemm_describe(c);
+    if (code == CUBLAS_STATUS_SUCCESS)
+        code = propose(cuda_of(self)->blas, c, results, by_time ? CANDIDATES : 1, &found);
+    if (code != CUBLAS_STATUS_SUCCESS)
+        return blas_failed(self, code, &c->key);
+    if (found > 1)
+        TRY(measure(self, c, results, found, g, workspace, &best));
+    c->algorithm = results[best].algo;
+    return MUONSHARD_OK;
+}
+
+static int64_t alignment_of(const void *memory) {
+    const uintptr_t address = (uintptr_t)memory;
+    return address % MOST_ALIGNED ? (int64_t)(address & -address) : MOST_ALIGNED;
+}
+
+static gemm_key key_of(const gemm *g) {
+    gemm_key k;
+    memset(&k, 0, sizeof k);
+    k.operands = g->operands;
+    k.stored = g->stored;
+    k.b_transposed = g->b_transposed;
+    k.rows = g->rows;
+    k.cols = g->cols;
+    k.depth = g->depth;
+    k.batch = (int64_t)g->batch;
+    const gemm_matrices *const places[GEMM_PLACES] = {&g->a, &g->b, g->c.at ? &g->c : &g->dst,
+                                                      &g->dst};
+    for (int i = 0; i < GEMM_PLACES; i++) {
+        k.pitch[i] = places[i]->pitch;
+        k.stride[i] = places[i]->stride;
+        k.alignment[i] = alignment_of(places[i]->at);
+    }
+    return k;
+}
+
+static muonshard_status find_choice(backend *self, const gemm *g, bool by_time, void *workspace,
+                                    gemm_choice **out) {
     cuda_impl *impl = cuda_of(self);
-    gemm_key key;
-    memset(&key, 0, sizeof key);
-    key.operands = (int32_t)g->operands;
-    key.stored = (int32_t)g->stored;
-    key.b_transposed = g->b_transposed;
-    key.rows = g->rows;
-    key.cols = g->cols;
-    key.depth = g->depth;
-    key.batch = (int64_t)g->batch;
+    const gemm_key key = key_of(g);
+    for (size_t i = 0; impl->gemms && i < impl->gemms->count; i++) {
+        *out = &impl->gemms->choices[i];
+        if (memcmp(&(*out)->key, &key, sizeof key) == 0)
+            return MUONSHARD_OK;
+    }
+    *out = gemm_next_choice(impl);
+    FAIL_IF(!*out, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
+    **out = (gemm_choice){.key = key};
+    const muonshard_status status = choose(self, *out, g, by_time, workspace);
+    if (status)
+        gemm_free_choice(*out);
+    else
+        impl->gemms->count++, impl->gemms->added++;
+    return status;
+}
+
+muonshard_status gemm_prepare(backend *self, const gemm *g, void *workspace) {
     gemm_choice *choice;
-    TRY(find_choice(self, &key, &choice));
-    const float alpha = (float)g->alpha, beta = g->c ? (float)g->beta : 0.0f;
-    const double wide_alpha = g->alpha, wide_beta = g->c ? g->beta : 0.0;
-    const bool wide = g->operands == GEMM_FP64;
-    const cublasStatus_t code = cublasLtMatmul(
-        impl->blas, choice->operation, wide ? (const void *)&wide_alpha : &alpha, g->b,
-        choice->left, g->a, choice->right, wide ? (const void *)&wide_beta : &beta,
-        g->c ? g->c : g->dst, choice->dest, g->dst, choice->dest, &choice->algorithm, workspace,
-        GEMM_WORKSPACE, impl->streams[STREAM_COMPUTE]);
-    return code == CUBLAS_STATUS_SUCCESS ? MUONSHARD_OK : blas_failed(self, code, &key);
+    return find_choice(self, g, cuda_of(self)->measures_gemms, workspace, &choice);
+}
+
+muonshard_status gemm_run(backend *self, const gemm *g, void *workspace) {
+    gemm_choice *choice;
+    TRY(find_choice(self, g, false, workspace, &choice));
+    const cublasStatus_t code = multiply(cuda_of(self), choice, &choice->algorithm, g, workspace);
+    return code == CUBLAS_STATUS_SUCCESS ? MUONSHARD_OK : blas_failed(self, code, &choice->key);
 }

@@ -71,6 +71,8 @@ cudaError_t cuda_add_identity(const void *a, size_t count, int64_t m, float alph
                               void *dst, cudaStream_t stream);
 /* Elements above the diagonal of a [count, m, m] become those below it. */
 cudaError_t cuda_mirror(void *a, size_t count, int64_t m, ns_dtype dtype, cudaStream_t stream);
+/* dst [count]: numbers that look random, in [-1, 1]. */
+cudaError_t cuda_noise(void *dst, size_t count, ns_dtype dtype, cudaStream_t stream);
 /* dst [count] of dtype = src [count] fp32 */
 cudaError_t cuda_round(const float *src, size_t count, ns_dtype dtype, void *dst,
                        cudaStream_t stream);

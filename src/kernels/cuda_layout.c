@@ -8,6 +8,51 @@ static size_t take(size_t *end, size_t bytes) {
     return start;
 }
 
+/* ---- panels of symmetric products ---- */
+
+enum { PANEL_TILE = 128, PANEL_UNIT = 8, MOST_PANELS = 8 };
+#define TILE_RATE   4.8e6 /* flop a microsecond and multiprocessor: 80 % of 790 TFLOP/s by 132 */
+#define MEMORY_RATE 3.5e6 /* bytes a microsecond */
+#define LAUNCH_US   2.0   /* of a kernel in a graph that waits for the one before */
+
+/* Whole tiles where there are enough of them, so that all panels are aligned as the first is. */
+int64_t cuda_panel_begin(int64_t m, int panels, int i) {
+    const int64_t unit = m >= (int64_t)panels * PANEL_TILE ? PANEL_TILE : PANEL_UNIT;
+    const int64_t at = (m * i / panels + unit - 1) / unit * unit;
+    return i == panels || at > m ? m : at;
+}
+
+static double panels_us(int64_t m, int64_t depth, size_t count, int panels, int processors) {
+    const double tile = 2.0 * PANEL_TILE * PANEL_TILE * (double)depth / TILE_RATE;
+    double us = 0.0;
+    for (int i = 0; i < panels; i++) {
+        const int64_t begin = cuda_panel_begin(m, panels, i);
+        const int64_t end = cuda_panel_begin(m, panels, i + 1);
+        const int64_t down = (end - begin + PANEL_TILE - 1) / PANEL_TILE;
+        const int64_t across = (end + PANEL_TILE - 1) / PANEL_TILE;
+        const int64_t tiles = down * across * (int64_t)count;
+        us += LAUNCH_US + (double)((tiles + processors - 1) / processors) * tile;
+    }
+    return us;
+}
+
+int cuda_panels(int64_t m, int64_t depth, size_t count, int mirrored, int processors) {
+    const double mirror =
+        mirrored ? 0.0 : LAUNCH_US + 2.0 * (double)count * (double)m * (double)m / MEMORY_RATE;
+    double best = panels_us(m, depth, count, 1, processors);
+    int panels = 1;
+    for (int k = 2; k <= MOST_PANELS && (int64_t)k * PANEL_TILE <= m; k++) {
+        const double us = mirror + panels_us(m, depth, count, k, processors);
+        if (us < best) {
+            best = us;
+            panels = k;
+        }
+    }
+    return panels;
+}
+
+/* ---- workspace ---- */
+
 int cuda_needs_gram(const ns_instruction *op) {
     return op->kind == NS_NORMALIZE &&
            (op->a != NS_NONE || op->norm == NS_NORM_AOL || op->norm == NS_NORM_SCHATTEN4 ||

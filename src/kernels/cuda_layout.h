@@ -28,6 +28,15 @@ typedef struct cuda_layout {
 
 cuda_layout cuda_layout_of(const ns_program *program, int64_t m, int64_t n, size_t count);
 
+/* Symmetric results [count, m, m] of products over `depth` are made by panels of rows, each up to
+ * its last row's diagonal element, and mirrored: k of them do (1 + 1/k)/2 of the work, in k
+ * launches and one pass more unless everything is `mirrored` anyway. How many take the least time
+ * by a model of waves: tiles of 128 x 128 over `processors` at what 16-bit products reach on an
+ * H200. */
+int cuda_panels(int64_t m, int64_t depth, size_t count, int mirrored, int processors);
+/* The first row of panel `i` of `panels`; m for i = panels. */
+int64_t cuda_panel_begin(int64_t m, int panels, int i);
+
 /* The instruction needs X X^T in fp64. */
 int cuda_needs_gram(const ns_instruction *op);
 

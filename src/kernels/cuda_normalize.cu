@@ -278,6 +278,21 @@ cudaError_t cuda_round(const float *src, size_t count, ns_dtype dtype, void *dst
                   stored_as(dtype), dst);
 }
 
+/* A multiplicative hash of the index: what a product takes depends on its numbers, and on zeros it
+ * is faster than it ever is in a step. */
+__global__ static void noise_kernel(void *dst, size_t count, muonshard_dtype dtype) {
+    each_of_grid(i, count) {
+        uint32_t h = (uint32_t)i * 2654435769U;
+        h = (h ^ h >> 15) * 2246822519U;
+        store_element(dst, dtype, i, (float)(int32_t)(h ^ h >> 13) * 0x1p-31f);
+    }
+}
+
+cudaError_t cuda_noise(void *dst, size_t count, ns_dtype dtype, cudaStream_t stream) {
+    return launch(noise_kernel, dim3(blocks_for(count)), dim3(THREADS), stream, dst, count,
+                  stored_as(dtype));
+}
+
 /* A tile below the diagonal, or on it, a block: turned, it takes the place of the one above. */
 __global__ static void mirror_kernel(void *a, int64_t m, muonshard_dtype dtype) {
     __shared__ float tile[TILE][TILE + 1];

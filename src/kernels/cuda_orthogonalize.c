@@ -1,15 +1,24 @@
 /* cuda_orthogonalize.c - runs a Newton-Schulz program on all matrices of a batch at a time:
  * products through cuBLASLt, everything else through kernels of ours. Symmetric results are
- * computed whole. X X^T comes out symmetric as far as cuBLASLt adds up in one order; what only
- * commutes does not, and the Gram form, which multiplies such squares on and on, diverges by it:
- * its squares are mirrored. */
+ * computed by panels up to the diagonal, where that pays, and mirrored. One that is computed whole
+ * comes out symmetric as far as cuBLASLt adds up in one order, if it is X X^T; what only commutes
+ * does not, and the Gram form, which multiplies such squares on and on, diverges by it: its squares
+ * are always mirrored. */
 #include "kernels/cuda.h"
 #include "kernels/cuda_kernels.h"
 
 enum { SQUARINGS = 24 };
 
+/* What is done with a program. */
+typedef enum purpose {
+    RUN,
+    CHOOSE, /* algorithms of its products; nothing is launched */
+    MEASURE /* products run, on noise, and the algorithms that take least time are chosen */
+} purpose;
+
 typedef struct buffers {
     backend *self;
+    purpose purpose;
     cudaStream_t stream;
     const ns_program *program;
     int64_t m, n;
@@ -21,6 +30,7 @@ typedef struct buffers {
     double *x64, *gram[2]; /* [count, m, n]; [count, m, m]: of norms that need X X^T */
     double *logs;          /* [2, count]: spectral */
     void *gemm;            /* [GEMM_WORKSPACE] */
+    gemm_matrices result;  /* where the last product leaves the program's result; NULL: in `at` */
 } buffers;
 
 /* ---- memory ---- */
@@ -55,6 +65,12 @@ size_t cuda_orthogonalize_workspace(backend *self, const ns_program *program, in
     return count ? cuda_layout_of(program, m, n, count).bytes : 0;
 }
 
+static muonshard_status product(const buffers *s, const gemm *g) {
+    if (s->purpose != RUN)
+        TRY(gemm_prepare(s->self, g, s->gemm));
+    return s->purpose == CHOOSE ? MUONSHARD_OK : gemm_run(s->self, g, s->gemm);
+}
+
 /* ---- normalisation ---- */
 
 /* The sums of squares, where the items have them side by side; else made here. */
@@ -77,6 +93,7 @@ static muonshard_status squares_of(const buffers *s, const orthogonalize_item *i
 
 static muonshard_status multiply_fp64(const buffers *s, const double *a, int64_t depth,
                                       double *dst) {
+    const gemm_matrices operand = {a, depth, s->m * depth};
     const gemm g = {.operands = GEMM_FP64,
                     .stored = GEMM_FP64,
                     .rows = s->m,
@@ -85,10 +102,10 @@ static muonshard_status multiply_fp64(const buffers *s, const double *a, int64_t
                     .b_transposed = true,
                     .batch = s->count,
                     .alpha = 1.0,
-                    .a = a,
-                    .b = a,
-                    .dst = dst};
-    return gemm_run(s->self, &g, s->gemm);
+                    .a = operand,
+                    .b = operand,
+                    .dst = {dst, s->m, s->m * s->m}};
+    return product(s, &g);
 }
 
 /* G / tr G squared again and again: the trace of G^(2^k) comes within a factor m of the largest
@@ -153,37 +170,82 @@ static muonshard_status operand(const buffers *s, ns_buffer b, ns_dtype dtype, i
     if (ns_dtype_size(ns_stored(s->program, b)) == ns_dtype_size(dtype))
         return MUONSHARD_OK;
     *out = s->operands[slot];
-    TRY_CUDA(s->self, cuda_round(s->at[b], s->count * (size_t)s->m * (size_t)s->m, dtype,
-                                 s->operands[slot], s->stream));
+    if (s->purpose != CHOOSE)
+        TRY_CUDA(s->self, cuda_round(s->at[b], s->count * (size_t)s->m * (size_t)s->m, dtype,
+                                     s->operands[slot], s->stream));
+    return MUONSHARD_OK;
+}
+
+static int64_t width(const buffers *s, ns_buffer b) {
+    return ns_is_wide(b) ? s->n : s->m;
+}
+
+static gemm_matrices matrices(const buffers *s, ns_buffer b, const void *at) {
+    return (gemm_matrices){at, width(s, b), s->m * width(s, b)};
+}
+
+/* `elements` further on. */
+static gemm_matrices advance(gemm_matrices of, int64_t elements, ns_dtype dtype) {
+    if (of.at)
+        of.at = (const char *)of.at + elements * (int64_t)ns_dtype_size(dtype);
+    return of;
+}
+
+/* Rows and columns of dst are those of a and, transposed, of b: a panel of it takes some rows of
+ * the one and the first rows of the other. */
+static muonshard_status symmetric_product(const buffers *s, const gemm *whole, ns_dtype operands,
+                                          ns_dtype stored) {
+    const int processors = cuda_of(s->self)->processors, wanted = cuda_of(s->self)->panels;
+    const bool mirrored = is_gram(s->program);
+    const int panels =
+        wanted ? wanted : cuda_panels(s->m, whole->depth, s->count, mirrored, processors);
+    int made = 0;
+    for (int i = 0; i < panels; i++) {
+        const int64_t begin = cuda_panel_begin(s->m, panels, i);
+        const int64_t end = cuda_panel_begin(s->m, panels, i + 1);
+        gemm g = *whole;
+        g.rows = end - begin;
+        g.cols = end;
+        g.a = advance(whole->a, begin * whole->a.pitch, operands);
+        g.c = advance(whole->c, begin * whole->c.pitch, stored);
+        g.dst = advance(whole->dst, begin * whole->dst.pitch, stored);
+        if (g.rows) {
+            made++;
+            TRY(product(s, &g));
+        }
+    }
+    if ((made > 1 || mirrored) && s->purpose != CHOOSE)
+        TRY_CUDA(s->self,
+                 cuda_mirror((void *)(uintptr_t)whole->dst.at, s->count, s->m, stored, s->stream));
     return MUONSHARD_OK;
 }
 
 /* Squares are symmetric, so that a transposed one is as good. */
 static muonshard_status multiply(const buffers *s, const ns_instruction *op) {
-    const bool square = op->kind == NS_SYMMETRIC_PRODUCT;
-    const ns_buffer b = square ? op->a : op->b;
-    const ns_dtype dtype = ns_operands(s->program, op);
-    gemm g = {.operands = gemm_type_of(dtype),
-              .stored = gemm_type_of(ns_stored(s->program, op->dst)),
-              .rows = s->m,
-              .cols = square || !ns_is_wide(b) ? s->m : s->n,
-              .depth = ns_is_wide(op->a) ? s->n : s->m,
-              .b_transposed = square,
-              .batch = s->count,
-              .alpha = (double)op->alpha,
-              .beta = (double)op->beta,
-              .c = op->c == NS_NONE ? NULL : s->at[op->c],
-              .dst = s->at[op->dst]};
-    TRY(operand(s, op->a, dtype, 0, &g.a));
+    const bool symmetric = op->kind != NS_PRODUCT;
+    const ns_buffer b = op->kind == NS_SYMMETRIC_PRODUCT ? op->a : op->b;
+    const ns_dtype operands = ns_operands(s->program, op), stored = ns_stored(s->program, op->dst);
+    const void *left, *right;
+    TRY(operand(s, op->a, operands, 0, &left));
     if (b == op->a)
-        g.b = g.a;
+        right = left;
     else
-        TRY(operand(s, b, dtype, 1, &g.b));
-    TRY(gemm_run(s->self, &g, s->gemm));
-    if (op->kind != NS_PRODUCT && is_gram(s->program))
-        TRY_CUDA(s->self, cuda_mirror(s->at[op->dst], s->count, s->m,
-                                      ns_stored(s->program, op->dst), s->stream));
-    return MUONSHARD_OK;
+        TRY(operand(s, b, operands, 1, &right));
+    const bool last = s->result.at && op == &s->program->code[s->program->count - 1];
+    const gemm g = {.operands = gemm_type_of(operands),
+                    .stored = gemm_type_of(stored),
+                    .rows = s->m,
+                    .cols = symmetric ? s->m : width(s, b),
+                    .depth = width(s, op->a),
+                    .b_transposed = symmetric,
+                    .batch = s->count,
+                    .alpha = (double)op->alpha,
+                    .beta = (double)op->beta,
+                    .a = matrices(s, op->a, left),
+                    .b = matrices(s, b, right),
+                    .c = matrices(s, op->dst, op->c == NS_NONE ? NULL : s->at[op->c]),
+                    .dst = last ? s->result : matrices(s, op->dst, s->at[op->dst])};
+    return symmetric ? symmetric_product(s, &g, operands, stored) : product(s, &g);
 }
 
 static muonshard_status run(const buffers *s, const ns_instruction *op,
@@ -201,6 +263,61 @@ static muonshard_status run(const buffers *s, const ns_instruction *op,
     return MUONSHARD_OK;
 }
 
+static buffers buffers_of(backend *self, purpose why, const ns_program *program, int64_t m,
+                          int64_t n, size_t count, void *workspace) {
+    buffers s = {.self = self,
+                 .purpose = why,
+                 .stream = cuda_of(self)->streams[STREAM_COMPUTE],
+                 .program = program,
+                 .m = m,
+                 .n = n,
+                 .count = count};
+    lay_out(&s, workspace);
+    return s;
+}
+
+/* Where the last product leaves U itself, no pass is needed that takes it there: the items' places
+ * are one batch as cuBLASLt knows them, evenly spaced, and none is turned. */
+static gemm_matrices results_of(const ns_program *program, const orthogonalize_item *items,
+                                size_t count, int64_t m, int64_t n) {
+    const ns_instruction *last = &program->code[program->count - 1];
+    const ptrdiff_t element = (ptrdiff_t)ns_dtype_size(ns_stored(program, program->result));
+    const char *first = items[0].out;
+    const ptrdiff_t bytes = count > 1 ? (const char *)items[1].out - first : m * n * element;
+    bool even = last->kind == NS_PRODUCT && last->dst == program->result &&
+                bytes >= m * n * element && bytes % element == 0;
+    for (size_t i = 0; i < count; i++)
+        even = even && !items[i].transposed &&
+               (const char *)items[i].out == first + (ptrdiff_t)i * bytes;
+    return (gemm_matrices){even ? first : NULL, n, bytes / element};
+}
+
+static muonshard_status prepare_gram(const buffers *s, const ns_instruction *op) {
+    TRY(multiply_fp64(s, s->x64, s->n, s->gram[0]));
+    return op->norm == NS_NORM_SPECTRAL ? multiply_fp64(s, s->gram[0], s->m, s->gram[1])
+                                        : MUONSHARD_OK;
+}
+
+muonshard_status cuda_prepare(backend *self, const ns_program *program, int64_t m, int64_t n,
+                              const orthogonalize_item *items, size_t count, void *workspace) {
+    if (!count)
+        return MUONSHARD_OK;
+    const bool measures = cuda_of(self)->measures_gemms;
+    buffers s = buffers_of(self, measures ? MEASURE : CHOOSE, program, m, n, count, workspace);
+    s.result = results_of(program, items, count, m, n);
+    for (int b = NS_X; measures && b < NS_A + program->squares; b++)
+        TRY_CUDA(self, cuda_noise(s.at[b], (size_t)(s.m * width(&s, (ns_buffer)b)) * count,
+                                  ns_stored(program, (ns_buffer)b), s.stream));
+    for (int i = 0; i < program->count; i++) {
+        const ns_instruction *op = &program->code[i];
+        if (op->kind != NS_NORMALIZE && op->kind != NS_ADD_IDENTITY)
+            TRY(multiply(&s, op));
+        else if (cuda_needs_gram(op))
+            TRY(prepare_gram(&s, op));
+    }
+    return MUONSHARD_OK;
+}
+
 /* On skip what comes out means nothing, and nothing reads it. */
 muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
                                     const ns_program *program, int64_t m, int64_t n,
@@ -209,16 +326,13 @@ muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
     (void)record;
     if (!count)
         return MUONSHARD_OK;
-    buffers s = {.self = self,
-                 .stream = cuda_of(self)->streams[STREAM_COMPUTE],
-                 .program = program,
-                 .m = m,
-                 .n = n,
-                 .count = count};
-    lay_out(&s, workspace);
+    buffers s = buffers_of(self, RUN, program, m, n, count, workspace);
+    const ns_dtype stored = ns_stored(program, program->result);
+    s.result = results_of(program, items, count, m, n);
     for (int i = 0; i < program->count; i++)
         TRY(run(&s, &program->code[i], items));
-    TRY_CUDA(self, cuda_give_back(items, count, m, n, ns_stored(program, program->result),
-                                  s.at[program->result], ns_program_output(program), s.stream));
+    if (!s.result.at)
+        TRY_CUDA(self, cuda_give_back(items, count, m, n, stored, s.at[program->result],
+                                      ns_program_output(program), s.stream));
     return MUONSHARD_OK;
 }

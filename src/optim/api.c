@@ -30,7 +30,10 @@ const char *muonshard_last_error(const muonshard_optimizer *o) {
 static muonshard_status open_backend(muonshard_optimizer *o, const placement *at,
                                      error_text *error) {
     char why[256] = "";
-    const cuda_options cuda = {.local_rank = at->local_rank, .share = o->settings->share_gpu != 0};
+    const cuda_options cuda = {.local_rank = at->local_rank,
+                               .share = o->settings->share_gpu != 0,
+                               .measures = o->settings->gemm_choice != 0,
+                               .panels = (int)o->settings->symmetric_panels};
     const muonshard_status status =
         backend_open((backend_choice)o->settings->backend, placement_options(at, o->settings), cuda,
                      &o->backend, error, why, sizeof why);

@@ -218,6 +218,7 @@ static muonshard_status prepare(muonshard_optimizer *o) {
     TRY(reserve_workspace(o));
     TRY(work_make(o));
     TRY(upload_tables(o));
+    TRY(choices_make(o));
     return step_join(o, o->stream); /* parameters are read from here on */
 }
 

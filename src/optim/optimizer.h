@@ -147,6 +147,9 @@ size_t work_load_flat(const muonshard_optimizer *o, convert_item *items, bool ma
 /* Zeroed host memory; `pointer` is the address of a pointer of any type. */
 muonshard_status host_array(muonshard_optimizer *o, void *pointer, size_t count, size_t item);
 
+/* choices.c: what the backend has to choose for the plan's batches, from and to a file. Local. */
+muonshard_status choices_make(muonshard_optimizer *o);
+
 /* api.c: the handle is alive and committed. */
 muonshard_status optimizer_check(muonshard_optimizer *o);
 

@@ -11,7 +11,7 @@ struct trace {
     double zero;
 };
 
-static void expand(char *text, size_t size, const char *path, int rank, int world_size) {
+void rank_path(char *text, size_t size, const char *path, int rank, int world_size) {
     const char *mark = strstr(path, "%r");
     if (mark)
         snprintf(text, size, "%.*s%d%s", (int)(mark - path), path, rank, mark + 2);
@@ -27,7 +27,7 @@ muonshard_status trace_open(trace **out, const char *path, int rank, int world_s
     if (!*path)
         return MUONSHARD_OK;
     char name[4096];
-    expand(name, sizeof name, path, rank, world_size);
+    rank_path(name, sizeof name, path, rank, world_size);
     trace *t = calloc(1, sizeof *t);
     FAIL_IF(!t, error, MUONSHARD_ERR_MEMORY, "out of memory");
     t->file = fopen(name, "w");

@@ -7,8 +7,11 @@
 
 typedef struct trace trace;
 
-/* `path` may hold %r for the rank; with several ranks and no %r, ".rank" goes at the end. Empty:
- * *out is NULL, and the calls below do nothing. ERR_IO. */
+/* The file of a rank: `path` may hold %r for its number; with several ranks and no %r, ".rank" goes
+ * at the end. */
+void rank_path(char *text, size_t size, const char *path, int rank, int world_size);
+
+/* To the rank's file. Empty: *out is NULL, and the calls below do nothing. ERR_IO. */
 muonshard_status trace_open(trace **out, const char *path, int rank, int world_size,
                             error_text *error);
 /* One operation that ran from `start` to `end`, seconds of now_s(). Communication begins when it

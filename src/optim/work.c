@@ -76,14 +76,28 @@ static apply_item apply_view(const muonshard_optimizer *o, const wave *w, int ra
                         .first = v->offset};
 }
 
+/* Where this rank leaves U of a wave it owns a matrix of: in its place of the all-gather, which
+ * then has nothing to copy; where parameters are gathered, or the communicator can't, where the
+ * gradient was. */
+static void *update_at(const muonshard_optimizer *o, const batch *b, const wave *w) {
+    size_t place = 0;
+    if (b->gathers_params || !o->data->ops->gathers_in_place)
+        return o->memory.owned + w->owned_offset;
+    for (int r = 0; r < o->comm->rank; r++)
+        place += !w->compact_gather || plan_slot_view(&o->plan, w, r) != PLAN_EMPTY_SLOT;
+    return o->memory.exchange + w->gather_offset + place * w->slot * dtype_size(w->sent);
+}
+
 /* What the owner of a slot does with it. */
-static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, size_t k) {
+static void add_owned(muonshard_optimizer *o, const batch *b, const wave *w, batch_work *work,
+                      size_t k) {
     const workspace *m = &o->memory;
     const view *v = &o->registry.views[plan_slot_view(&o->plan, w, o->comm->rank)];
     const tensor *t = &o->registry.tensors[v->tensor];
     const muonshard_dtype stored = (muonshard_dtype)o->settings->momentum_dtype;
     const float *master = work_master(o, w, o->comm->rank);
     float *u = m->owned + w->owned_offset;
+    void *update = update_at(o, b, w);
     work->momentum[k] =
         (momentum_item){.g_u = u,
                         .momentum = (char *)m->momentum + w->owned_offset * dtype_size(stored),
@@ -92,9 +106,11 @@ static void add_owned(muonshard_optimizer *o, const wave *w, batch_work *work, s
                         .squares = m->squares ? m->squares + k : NULL,
                         .count = w->slot,
                         .tensor = v->tensor};
-    work->orthogonalize[k] = (orthogonalize_item){
-        .u = u, .squares = work->momentum[k].squares, .out = u, .transposed = v->rows > v->cols};
-    work->variance[k] = (variance_item){.u = u,
+    work->orthogonalize[k] = (orthogonalize_item){.u = u,
+                                                  .squares = work->momentum[k].squares,
+                                                  .out = update,
+                                                  .transposed = v->rows > v->cols};
+    work->variance[k] = (variance_item){.u = update,
                                         .u_dtype = ns_program_output(work->program),
                                         .v = m->variance + w->variance_offset,
                                         .factor = m->factors + w->variance_offset,
@@ -145,7 +161,7 @@ static void make_batch(muonshard_optimizer *o, const batch *b, batch_work *work)
                 place += !w->compact_gather;
         }
         if (plan_slot_view(p, w, o->comm->rank) != PLAN_EMPTY_SLOT)
-            add_owned(o, w, work, owned++);
+            add_owned(o, b, w, work, owned++);
     }
 }
 
@@ -223,8 +239,10 @@ static const void *gathered_from(const muonshard_optimizer *o, const batch *b, c
     if (w->kind == PLAN_FLAT)
         return m->flat_sent ? m->flat_sent : m->flat_w;
     const size_t index = plan_slot_view(&o->plan, w, o->comm->rank);
-    if (!b->gathers_params || index == PLAN_EMPTY_SLOT)
+    if (index == PLAN_EMPTY_SLOT)
         return m->owned + w->owned_offset;
+    if (!b->gathers_params)
+        return update_at(o, b, w);
     const view *v = &o->registry.views[index];
     return tensor_param_at(&o->registry.tensors[v->tensor], v->offset);
 }

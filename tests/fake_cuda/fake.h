@@ -43,6 +43,8 @@ typedef struct fake_collectives {
     long reduces, broadcasts, reduce_scatters, all_gathers;
 } fake_collectives;
 __attribute__((visibility("default"))) void fake_nccl_given(fake_collectives *given);
+/* Algorithms that cuBLASLt proposed so far, and products it was given. */
+__attribute__((visibility("default"))) void fake_blas_given(long *proposals, long *multiplications);
 /* What is ready may run before it is asked for, as the seed has it; 0: never. */
 __attribute__((visibility("default"))) void fake_cuda_seed(unsigned seed);
 }

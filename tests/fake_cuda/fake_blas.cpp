@@ -3,6 +3,7 @@
 #include <cblas.h>
 #include <cublasLt.h>
 
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -31,6 +32,10 @@ size_t size_of(cudaDataType type) {
 struct preference {
     uint32_t bytes[4] = {256, 256, 256, 256}; /* A, B, C, D */
 };
+
+enum { ALGORITHM_MARK = 6, ALGORITHM_NUMBER = 7 };
+constexpr uint64_t MARK = 0x616c676f;
+std::atomic<long> proposed, products;
 
 float tf32(float x) {
     return float_of(nearest(bits_of(x), 13) << 13);
@@ -230,16 +235,38 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t g
     return CUBLAS_STATUS_SUCCESS;
 }
 
+size_t cublasLtGetVersion(void) {
+    return 130000;
+}
+
+/* As many as are wanted, at most three, which differ in nothing but their names: alignments first,
+ * then a mark and a number. */
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                              cublasLtMatmulPreference_t wanted, int,
+                                              cublasLtMatmulPreference_t wanted, int most,
                                               cublasLtMatmulHeuristicResult_t *result, int *found) {
     MAY_FAIL();
-    memset(result, 0, sizeof *result);
-    memcpy(&result->algo, wanted, sizeof(preference));
-    *found = 1;
+    *found = most < 3 ? most : 3;
+    for (int i = 0; i < *found; i++) {
+        memset(&result[i], 0, sizeof result[i]);
+        memcpy(&result[i].algo, wanted, sizeof(preference));
+        result[i].algo.data[ALGORITHM_MARK] = MARK;
+        result[i].algo.data[ALGORITHM_NUMBER] = (uint64_t)i;
+        proposed++;
+    }
     return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t,
+                                       cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                       cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                       const cublasLtMatmulAlgo_t *algorithm,
+                                       cublasLtMatmulHeuristicResult_t *result) {
+    MAY_FAIL();
+    memset(result, 0, sizeof *result);
+    return algorithm->data[ALGORITHM_MARK] == MARK ? CUBLAS_STATUS_SUCCESS
+                                                   : CUBLAS_STATUS_INVALID_VALUE;
 }
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha,
@@ -266,11 +293,17 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     for (int i = 0; i < 4; i++)
         if ((uintptr_t)operands[i] % counted_on.bytes[i])
             return CUBLAS_STATUS_INVALID_VALUE;
+    products++;
     const cudaError_t status = fake_enqueue(stream, [=] {
         memset(workspace, 0xff, bytes < 4096 ? bytes : 4096);
         multiply(o, la, lb, lc, ld, scale, more, a, b, c, d);
     });
     return status == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+}
+
+void fake_blas_given(long *proposals, long *multiplications) {
+    *proposals = proposed;
+    *multiplications = products;
 }
 
 } // extern "C"

@@ -702,6 +702,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
     snprintf(p->name, sizeof p->name, "Fake");
     snprintf((char *)p->uuid.bytes, sizeof p->uuid.bytes, "fake %d", device);
     p->major = (int)(sm / 10);
+    p->multiProcessorCount = 132;
     p->minor = (int)(sm % 10);
     return cudaSuccess;
 }

@@ -1,0 +1,35 @@
+/* cuda_gemm.h - the table of products: what cuda_gemm.c runs and cuda_gemm_table.c writes down. */
+#ifndef CUDA_GEMM_H
+#define CUDA_GEMM_H
+
+#include "kernels/cuda.h"
+
+/* Of a, b, c and dst. */
+enum { GEMM_A, GEMM_B, GEMM_C, GEMM_DST, GEMM_PLACES };
+
+typedef struct gemm_key { /* compared as bytes: all of it is set, padding too */
+    int64_t operands, stored, b_transposed, rows, cols, depth, batch;
+    int64_t pitch[GEMM_PLACES], stride[GEMM_PLACES];
+    int64_t alignment[GEMM_PLACES]; /* bytes, of the first matrix */
+} gemm_key;
+
+typedef struct gemm_choice {
+    gemm_key key;
+    cublasLtMatmulDesc_t operation;              /* own */
+    cublasLtMatrixLayout_t layouts[GEMM_PLACES]; /* own; as cuBLAS sees them, in columns */
+    cublasLtMatmulAlgo_t algorithm;
+} gemm_choice;
+
+struct gemm_table {
+    gemm_choice *choices; /* own */
+    size_t count, capacity;
+    size_t added; /* since they were written out, or read */
+};
+
+/* Room for one more at the end, which counts once `count` does; NULL: no memory. */
+gemm_choice *gemm_next_choice(cuda_impl *impl);
+/* Descriptors for the key. cuBLAS computes dst^T = b^T a^T: its A is b, its B is a. */
+cublasStatus_t gemm_describe(gemm_choice *c);
+void gemm_free_choice(gemm_choice *c);
+
+#endif

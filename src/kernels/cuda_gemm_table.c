@@ -1,0 +1,108 @@
+/* cuda_gemm_table.c - the choices as text: a head that says what they hold for, and a line a
+ * product, whose numbers are the key in the order of gemm_key and the algorithm as cuBLASLt keeps
+ * it. That is documented to hold for one version of the library, and means one kind of device. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda_gemm.h"
+
+enum { KEY_NUMBERS = sizeof(gemm_key) / sizeof(int64_t), LINE_BYTES = 2048 };
+enum { WORDS = sizeof(cublasLtMatmulAlgo_t) / sizeof(uint64_t) };
+
+_Static_assert(sizeof(gemm_key) == KEY_NUMBERS * sizeof(int64_t), "a key is int64_t throughout");
+
+static int head(const backend *self, char *text, size_t size) {
+    return snprintf(text, size, "muonshard gemm table 1, cuBLASLt %zu, %s\n", cublasLtGetVersion(),
+                    cuda_of(self)->model);
+}
+
+static int line(const gemm_choice *c, char *text, size_t size) {
+    int64_t numbers[KEY_NUMBERS];
+    int at = 0;
+    memcpy(numbers, &c->key, sizeof numbers);
+    for (int i = 0; i < KEY_NUMBERS; i++)
+        at += snprintf(text + at, size - (size_t)at, "%lld ", (long long)numbers[i]);
+    for (int i = 0; i < WORDS; i++)
+        at += snprintf(text + at, size - (size_t)at, "%llx%c",
+                       (unsigned long long)c->algorithm.data[i], i + 1 < WORDS ? ' ' : '\n');
+    return at;
+}
+
+muonshard_status gemm_table_text(backend *self, char **text) {
+    gemm_table *table = cuda_of(self)->gemms;
+    *text = NULL;
+    if (!table || !table->added)
+        return MUONSHARD_OK;
+    char *all = malloc((table->count + 1) * LINE_BYTES);
+    FAIL_IF(!all, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
+    int at = head(self, all, LINE_BYTES);
+    for (size_t i = 0; i < table->count; i++)
+        at += line(&table->choices[i], all + at, LINE_BYTES);
+    table->added = 0;
+    *text = all;
+    return MUONSHARD_OK;
+}
+
+/* Numbers of one line, and nothing else. */
+static bool parse(const char *text, const char *end, gemm_choice *c) {
+    int64_t numbers[KEY_NUMBERS];
+    char *after;
+    *c = (gemm_choice){.operation = NULL};
+    for (int i = 0; i < KEY_NUMBERS; i++, text = after) {
+        numbers[i] = strtoll(text, &after, 10);
+        if (after == text || after > end)
+            return false;
+    }
+    for (int i = 0; i < WORDS; i++, text = after) {
+        c->algorithm.data[i] = strtoull(text, &after, 16);
+        if (after == text || after > end)
+            return false;
+    }
+    memcpy(&c->key, numbers, sizeof numbers);
+    return after == end;
+}
+
+static bool is_known(const gemm_table *table, const gemm_key *key) {
+    for (size_t i = 0; table && i < table->count; i++)
+        if (memcmp(&table->choices[i].key, key, sizeof *key) == 0)
+            return true;
+    return false;
+}
+
+static bool is_usable(cublasLtHandle_t blas, gemm_choice *c) {
+    cublasLtMatmulHeuristicResult_t result;
+    return c->key.operands >= GEMM_FP32 && c->key.operands <= GEMM_FP64 &&
+           c->key.stored >= GEMM_FP32 && c->key.stored <= GEMM_FP64 &&
+           gemm_describe(c) == CUBLAS_STATUS_SUCCESS &&
+           cublasLtMatmulAlgoCheck(blas, c->operation, c->layouts[GEMM_B], c->layouts[GEMM_A],
+                                   c->layouts[GEMM_C], c->layouts[GEMM_DST], &c->algorithm,
+                                   &result) == CUBLAS_STATUS_SUCCESS &&
+           result.workspaceSize <= GEMM_WORKSPACE;
+}
+
+muonshard_status gemm_table_read(backend *self, const char *text) {
+    cuda_impl *impl = cuda_of(self);
+    char wanted[LINE_BYTES];
+    const size_t length = (size_t)head(self, wanted, sizeof wanted);
+    FAIL_IF(strncmp(text, wanted, length) != 0, &self->error, MUONSHARD_ERR_CONFIG,
+            "begins with \"%.*s\"; this is \"%.*s\"", (int)strcspn(text, "\n"), text,
+            (int)length - 1, wanted);
+    int number = 2;
+    for (text += length; *text; number++) {
+        const char *end = text + strcspn(text, "\n");
+        gemm_choice *c = gemm_next_choice(impl);
+        FAIL_IF(!c, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
+        const bool known = parse(text, end, c) && is_known(impl->gemms, &c->key);
+        FAIL_IF(*end != '\n' || known, &self->error, MUONSHARD_ERR_CONFIG, "line %d %s", number,
+                known ? "has the product of a line before" : "is not a product");
+        if (!is_usable(impl->blas, c)) {
+            gemm_free_choice(c);
+            return fail(&self->error, MUONSHARD_ERR_CONFIG,
+                        "line %d: cuBLASLt does not take this algorithm for this product", number);
+        }
+        impl->gemms->count++;
+        text = end + 1;
+    }
+    return MUONSHARD_OK;
+}
