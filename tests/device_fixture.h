@@ -18,6 +18,7 @@ typedef struct fake_calls {
     long (*waits)(void);
     long (*allocations)(void);
     void (*seed)(unsigned seed);
+    void (*blas)(long *proposals, long *products);
 } fake_calls;
 extern fake_calls fake;
 

@@ -345,10 +345,13 @@ muonshard_status test_backend_open(backend **out, error_text *error) {
     if (test_backend_is_host())
         return backend_open_host((host_options){.isa = host_isa_detect(), .threads = 2}, out,
                                  error);
+    const char *panels = getenv("MUONSHARD_TEST_PANELS");
     backend *self = calloc(1, sizeof *self);
     mirror *m = calloc(1, sizeof *m);
     muonshard_status status =
-        self && m ? backend_open_cuda((cuda_options){0}, &m->inner, error) : MUONSHARD_ERR_MEMORY;
+        self && m ? backend_open_cuda((cuda_options){.panels = panels ? atoi(panels) : 0},
+                                      &m->inner, error)
+                  : MUONSHARD_ERR_MEMORY;
     if (status) {
         free(self);
         free(m);

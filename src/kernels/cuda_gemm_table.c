@@ -93,9 +93,10 @@ muonshard_status gemm_table_read(backend *self, const char *text) {
         const char *end = text + strcspn(text, "\n");
         gemm_choice *c = gemm_next_choice(impl);
         FAIL_IF(!c, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
-        const bool known = parse(text, end, c) && is_known(impl->gemms, &c->key);
-        FAIL_IF(*end != '\n' || known, &self->error, MUONSHARD_ERR_CONFIG, "line %d %s", number,
-                known ? "has the product of a line before" : "is not a product");
+        FAIL_IF(!parse(text, end, c) || *end != '\n', &self->error, MUONSHARD_ERR_CONFIG,
+                "line %d is not a product", number);
+        FAIL_IF(is_known(impl->gemms, &c->key), &self->error, MUONSHARD_ERR_CONFIG,
+                "line %d has the product of a line before", number);
         if (!is_usable(impl->blas, c)) {
             gemm_free_choice(c);
             return fail(&self->error, MUONSHARD_ERR_CONFIG,

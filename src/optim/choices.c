@@ -52,18 +52,20 @@ static muonshard_status take(muonshard_optimizer *o, const char *path) {
 
 static muonshard_status keep(muonshard_optimizer *o, const char *path) {
     char *text;
+    error_text why = {""};
     whole_file file = WHOLE_FILE_NONE;
     muonshard_status status = o->backend->streams->choices(o->backend, &text);
     FAIL_IF(status, &o->error, status, "gemm_table %s: %s", path, o->backend->error.text);
     if (!text)
         return MUONSHARD_OK;
-    TRY_GOTO(whole_file_begin(&file, path, &o->error), done);
-    TRY_GOTO(whole_file_write(&file, text, strlen(text), &o->error), done);
-    TRY_GOTO(whole_file_end(&file, &o->error), done);
+    TRY_GOTO(whole_file_begin(&file, path, &why), done);
+    TRY_GOTO(whole_file_write(&file, text, strlen(text), &why), done);
+    TRY_GOTO(whole_file_end(&file, &why), done);
 done:
     whole_file_close(&file);
     free(text);
-    return status;
+    FAIL_IF(status, &o->error, status, "gemm_table: %s", why.text);
+    return MUONSHARD_OK;
 }
 
 muonshard_status choices_make(muonshard_optimizer *o) {
