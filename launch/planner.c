@@ -104,7 +104,7 @@ static muonshard_status group_make(const planner *p, const settings *s, int part
     *g = (group_plan){.there = p->parts[part].tensor_count > 0, .stride = experts};
     if (!g->there)
         return MUONSHARD_OK;
-    muonshard_status status = plan_make(&g->plan, &p->parts[part], s, world, &error);
+    muonshard_status status = plan_make(&g->plan, &p->parts[part], s, world, p->on_gpu, &error);
     if (status == MUONSHARD_OK && over_nccl(p))
         plan_compact(&g->plan, &p->parts[part], s, !s->deterministic);
     if (status == MUONSHARD_OK)

@@ -240,8 +240,10 @@ const muonshard_param settings_table[] = {
            "Instructions of the host's kernels; auto: the best that every rank has."),
     INT("bucket_bytes", bucket_bytes, "26214400", 1, 1099511627776.0,
         "Bytes of gradient a rank sends in one reduce-scatter group; at least one wave."),
-    INT("batch_bytes", batch_bytes, "33554432", 1, 1099511627776.0,
-        "Bytes of updates a rank owns in one Newton-Schulz batch; at least one wave."),
+    INT("batch_bytes", batch_bytes, "0", 0, 1099511627776.0,
+        "Bytes of updates a rank owns in one Newton-Schulz batch, as fp32; at least one wave. 0: "
+        "32 "
+        "MiB on the host, 256 MiB on a GPU."),
     REAL("timeout", timeout_s, "100", 0.001, 1e6, "Deadline of each wait in a step, seconds."),
     REAL("first_timeout", first_timeout_s, "300", 0.001, 1e6,
          "Deadline of each wait in the first step, seconds."),

@@ -124,8 +124,8 @@ typedef struct settings {
     int instructions;         /* 0: auto, else 1 + host_isa */
     int64_t
         bucket_bytes; /* of gradient a rank sends in one reduce-scatter group; at least one wave */
-    int64_t batch_bytes; /* of updates a rank owns in one Newton-Schulz batch; at least one wave */
-    double timeout_s;    /* of each wait in a step */
+    int64_t batch_bytes;    /* of updates a rank owns in one Newton-Schulz batch; 0: auto */
+    double timeout_s;       /* of each wait in a step */
     double first_timeout_s; /* of each wait in the first step */
     double save_timeout_s;  /* of each wait in saving and loading */
     const char *trace;      /* Chrome trace file, %r: rank; empty: off */

@@ -185,7 +185,7 @@ static void test_other_defaults(void **state) {
         assert_int_equal(s->check_replicas, 0);
         assert_int_equal(s->backend, BACKEND_AUTO);
         assert_int_equal(s->bucket_bytes, 25 * 1024 * 1024);
-        assert_int_equal(s->batch_bytes, 32 * 1024 * 1024);
+        assert_int_equal(s->batch_bytes, 0);
         assert_real(s->timeout_s, 100);
         assert_real(s->first_timeout_s, 300);
         assert_string_equal(s->trace, "");

@@ -97,7 +97,7 @@ static double imbalance_of(const char *ownership, size_t *packed) {
         }
         assert_int_equal(registry_add(&r, config_settings(config), &d, NULL, &error), MUONSHARD_OK);
     }
-    assert_int_equal(plan_make(&p, &r, config_settings(config), 16, &error), MUONSHARD_OK);
+    assert_int_equal(plan_make(&p, &r, config_settings(config), 16, false, &error), MUONSHARD_OK);
     const double imbalance = p.imbalance;
     size_t held[16] = {0};
     for (size_t v = 0; v < r.view_count; v++) {

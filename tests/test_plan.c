@@ -45,7 +45,8 @@ static void fixture_open(fixture *f, const rig_tensor *tensors, size_t count, co
         d.grad_dtype = tensors[i].grad_dtype;
         assert_int_equal(registry_add(&f->registry, f->settings, &d, NULL, &error), MUONSHARD_OK);
     }
-    assert_int_equal(plan_make(&f->plan, &f->registry, f->settings, ranks, &error), MUONSHARD_OK);
+    assert_int_equal(plan_make(&f->plan, &f->registry, f->settings, ranks, false, &error),
+                     MUONSHARD_OK);
     assert_int_equal(schedule_make(&f->schedule, &f->plan, f->settings, &error), MUONSHARD_OK);
 }
 

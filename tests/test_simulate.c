@@ -132,8 +132,9 @@ static void open_model(model *k, const char *yaml, int ranks, const int64_t (*st
         assert_int_equal(registry_add(&k->registry, config_settings(k->config), &d, NULL, &error),
                          MUONSHARD_OK);
     }
-    assert_int_equal(plan_make(&k->plan, &k->registry, config_settings(k->config), ranks, &error),
-                     MUONSHARD_OK);
+    assert_int_equal(
+        plan_make(&k->plan, &k->registry, config_settings(k->config), ranks, false, &error),
+        MUONSHARD_OK);
     assert_int_equal(schedule_make(&k->schedule, &k->plan, config_settings(k->config), &error),
                      MUONSHARD_OK);
     k->group = (sim_group){&k->registry, config_settings(k->config), &k->plan, &k->schedule, 1.0};

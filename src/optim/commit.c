@@ -210,7 +210,7 @@ static muonshard_status compare_plans(muonshard_optimizer *o) {
 }
 
 static muonshard_status prepare(muonshard_optimizer *o) {
-    TRY(plan_make(&o->plan, &o->registry, o->settings, o->comm->size, &o->error));
+    TRY(plan_make(&o->plan, &o->registry, o->settings, o->comm->size, runs_ahead(o), &o->error));
     if (o->data->ops->leaves_out_empty)
         plan_compact(&o->plan, &o->registry, o->settings, comm_sums(o->data, MUONSHARD_FP32));
     TRY(schedule_make(&o->schedule, &o->plan, o->settings, &o->error));

@@ -88,8 +88,9 @@ typedef struct plan {
     double imbalance; /* largest / mean of it over the ranks; 1 without matrices */
 } plan;
 
+/* `device`: computed on one, where batches are larger unless the settings say how large. */
 muonshard_status plan_make(plan *p, const registry *r, const settings *s, int world_size,
-                           error_text *error);
+                           bool device, error_text *error);
 /* For a transport that leaves empty slots out where they are more than a quarter: then arenas have
  * no place for them. `sums_fp32`: it sums gradients in fp32 itself; others need a slot for each
  * rank, to be added up. */
