@@ -321,6 +321,43 @@ static void test_commit_is_in_order_with_the_callers_stream(void **state) {
             }
 }
 
+/* ---- updates are where they are gathered ---- */
+
+/* Counts matrices whose U does not lie in this rank's place of its all-gather. */
+static void look_at_places(rig *r, outcome *out) {
+    const muonshard_optimizer *o = r->optimizer;
+    size_t elsewhere = 0, matrices = 0;
+    for (size_t i = 0; i < o->schedule.count; i++) {
+        const op *operation = &o->schedule.ops[i];
+        if (operation->kind != OP_ALL_GATHER ||
+            o->plan.batches[operation->index].kind != PLAN_MATRICES)
+            continue;
+        const batch *b = &o->plan.batches[operation->index];
+        for (size_t w = 0, k = 0; w < b->count; w++) {
+            if (plan_slot_view(&o->plan, &o->plan.waves[b->first + w], r->comm->rank) ==
+                PLAN_EMPTY_SLOT)
+                continue;
+            const comm_part *part = &o->ops[i].parts[w];
+            const char *place = (const char *)part->recv + (size_t)r->comm->rank * part->bytes;
+            matrices++;
+            elsewhere += part->send != place && !part->compact;
+            elsewhere += o->batches[operation->index].orthogonalize[k++].out != part->send;
+        }
+    }
+    out->number[r->comm->rank] = matrices ? (double)elsewhere : 1.0;
+}
+
+static void test_updates_are_gathered_in_place(void **state) {
+    (void)state;
+    const rig_case setup = few_case("gather: updates");
+    for (int n = 1; n <= 3; n++) {
+        outcome out = {.setup = {&setup}, .between = look_at_places};
+        assert_int_equal(threads_run(n, ranks_run, &out), MUONSHARD_OK);
+        for (int r = 0; r < n; r++)
+            assert_true(out.status[r] == MUONSHARD_OK && out.number[r] == 0.0);
+    }
+}
+
 /* ---- an ncclComm_t of the program's own ---- */
 
 static ncclUniqueId shared_id;
@@ -401,6 +438,7 @@ int main(void) {
         cmocka_unit_test(test_graphs_take_each_steps_values),
         cmocka_unit_test(test_only_what_is_needed_is_waited_for),
         cmocka_unit_test(test_the_callers_stream),
+        cmocka_unit_test(test_updates_are_gathered_in_place),
         cmocka_unit_test(test_commit_is_in_order_with_the_callers_stream),
         cmocka_unit_test(test_an_adopted_communicator),
         cmocka_unit_test(test_memory_is_what_the_stats_say),

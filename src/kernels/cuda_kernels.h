@@ -66,11 +66,10 @@ cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t 
 cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
                            ns_dtype dtype, const void *x, muonshard_dtype wanted,
                            cudaStream_t stream);
-/* dst = a + alpha I */
-cudaError_t cuda_add_identity(const void *a, size_t count, int64_t m, float alpha, ns_dtype dtype,
-                              void *dst, cudaStream_t stream);
-/* Elements above the diagonal of a [count, m, m] become those below it. */
-cudaError_t cuda_mirror(void *a, size_t count, int64_t m, ns_dtype dtype, cudaStream_t stream);
+/* Elements above the diagonal of a [count, m, m] become those below it; and, unless it is NULL,
+ * shifted [count, m, m] = a + alpha I. */
+cudaError_t cuda_mirror(void *a, size_t count, int64_t m, ns_dtype dtype, float alpha,
+                        void *shifted, cudaStream_t stream);
 /* dst [count]: numbers that look random, in [-1, 1]. */
 cudaError_t cuda_noise(void *dst, size_t count, ns_dtype dtype, cudaStream_t stream);
 /* dst [count] of dtype = src [count] fp32 */

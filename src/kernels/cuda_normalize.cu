@@ -252,21 +252,6 @@ cudaError_t cuda_store_gram(const double *gram, const double *factors, size_t co
                   gram, factors, m, stored_as(dtype), a);
 }
 
-__global__ static void add_identity_kernel(const void *a, int64_t m, float alpha,
-                                           muonshard_dtype dtype, void *dst) {
-    const size_t elements = (size_t)m * (size_t)m, before = (size_t)blockIdx.y * elements;
-    each_of_grid(i, elements) {
-        const float x = load_element(a, dtype, before + i);
-        store_element(dst, dtype, before + i, i / (size_t)m == i % (size_t)m ? x + alpha : x);
-    }
-}
-
-cudaError_t cuda_add_identity(const void *a, size_t count, int64_t m, float alpha, ns_dtype dtype,
-                              void *dst, cudaStream_t stream) {
-    return launch(add_identity_kernel, grid_for((size_t)m * (size_t)m, count), dim3(THREADS),
-                  stream, a, m, alpha, stored_as(dtype), dst);
-}
-
 __global__ static void round_kernel(const float *src, size_t count, muonshard_dtype dtype,
                                     void *dst) {
     each_of_grid(i, count) store_element(dst, dtype, i, src[i]);
@@ -294,31 +279,42 @@ cudaError_t cuda_noise(void *dst, size_t count, ns_dtype dtype, cudaStream_t str
 }
 
 /* A tile below the diagonal, or on it, a block: turned, it takes the place of the one above. */
-__global__ static void mirror_kernel(void *a, int64_t m, muonshard_dtype dtype) {
+__global__ static void mirror_kernel(char *a, int64_t m, muonshard_dtype dtype, float alpha,
+                                     char *shifted) {
     __shared__ float tile[TILE][TILE + 1];
     const int64_t row = (int64_t)blockIdx.x * TILE, col = (int64_t)blockIdx.y * TILE;
     const size_t before = (size_t)blockIdx.z * (size_t)m * (size_t)m;
     if (col > row)
         return;
     for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y)
-        if (row + k < m && col + threadIdx.x < m)
-            tile[k][threadIdx.x] =
-                load_element(a, dtype, before + place(row + k, col + threadIdx.x, m, m, false));
+        if (row + k < m && col + threadIdx.x < m) {
+            const size_t at = before + place(row + k, col + threadIdx.x, m, m, false);
+            const float x = load_element(a, dtype, at);
+            tile[k][threadIdx.x] = x;
+            if (shifted && row + k >= col + threadIdx.x)
+                store_element(shifted, dtype, at, row + k == col + threadIdx.x ? x + alpha : x);
+        }
     __syncthreads();
     for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y)
-        if (col + k < m && row + threadIdx.x < m && row + threadIdx.x > col + k)
-            store_element(a, dtype, before + place(col + k, row + threadIdx.x, m, m, false),
-                          tile[threadIdx.x][k]);
+        if (col + k < m && row + threadIdx.x < m && row + threadIdx.x > col + k) {
+            const size_t at = before + place(col + k, row + threadIdx.x, m, m, false);
+            store_element(a, dtype, at, tile[threadIdx.x][k]);
+            if (shifted)
+                store_element(shifted, dtype, at, tile[threadIdx.x][k]);
+        }
 }
 
-cudaError_t cuda_mirror(void *a, size_t count, int64_t m, ns_dtype dtype, cudaStream_t stream) {
-    const size_t matrix = (size_t)m * (size_t)m * dtype_size(stored_as(dtype));
+cudaError_t cuda_mirror(void *a, size_t count, int64_t m, ns_dtype dtype, float alpha,
+                        void *shifted, cudaStream_t stream) {
+    const muonshard_dtype stored = stored_as(dtype);
+    const size_t matrix = (size_t)m * (size_t)m * dtype_size(stored);
     const unsigned tiles = (unsigned)((m + TILE - 1) / TILE);
     cudaError_t status = cudaSuccess;
     for (size_t done = 0; done < count && status == cudaSuccess; done += 65535) {
         const unsigned z = (unsigned)(count - done < 65535 ? count - done : 65535);
         status = launch(mirror_kernel, dim3(tiles, tiles, z), dim3(TILE, TILE_ROWS), stream,
-                        (void *)((char *)a + done * matrix), m, stored_as(dtype));
+                        (char *)a + done * matrix, m, stored, alpha,
+                        shifted ? (char *)shifted + done * matrix : (char *)NULL);
     }
     return status;
 }

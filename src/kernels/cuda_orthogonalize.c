@@ -35,12 +35,13 @@ typedef struct buffers {
 
 /* ---- memory ---- */
 
-/* Squares are multiplied with squares. */
+/* Squares are multiplied with squares, or begin as one and a multiple of the identity. */
 static bool is_gram(const ns_program *program) {
-    bool commuting = false;
+    bool found = false;
     for (int i = 0; i < program->count; i++)
-        commuting = commuting || program->code[i].kind == NS_COMMUTING_PRODUCT;
-    return commuting;
+        found = found || program->code[i].kind == NS_COMMUTING_PRODUCT ||
+                program->code[i].kind == NS_ADD_IDENTITY;
+    return found;
 }
 
 static void lay_out(buffers *s, void *workspace) {
@@ -191,10 +192,16 @@ static gemm_matrices advance(gemm_matrices of, int64_t elements, ns_dtype dtype)
     return of;
 }
 
+/* The instruction that adds a multiple of the identity to what `op` leaves: it is done with it. */
+static const ns_instruction *shift_after(const buffers *s, const ns_instruction *op) {
+    const ns_instruction *next = op + 1, *end = s->program->code + s->program->count;
+    return next < end && next->kind == NS_ADD_IDENTITY && next->a == op->dst ? next : NULL;
+}
+
 /* Rows and columns of dst are those of a and, transposed, of b: a panel of it takes some rows of
  * the one and the first rows of the other. */
-static muonshard_status symmetric_product(const buffers *s, const gemm *whole, ns_dtype operands,
-                                          ns_dtype stored) {
+static muonshard_status symmetric_product(const buffers *s, const ns_instruction *op,
+                                          const gemm *whole, ns_dtype operands, ns_dtype stored) {
     const int processors = cuda_of(s->self)->processors, wanted = cuda_of(s->self)->panels;
     const bool mirrored = is_gram(s->program);
     const int panels =
@@ -214,9 +221,12 @@ static muonshard_status symmetric_product(const buffers *s, const gemm *whole, n
             TRY(product(s, &g));
         }
     }
-    if ((made > 1 || mirrored) && s->purpose != CHOOSE)
+    if ((made > 1 || mirrored) && s->purpose != CHOOSE) {
+        const ns_instruction *shift = shift_after(s, op);
         TRY_CUDA(s->self,
-                 cuda_mirror((void *)(uintptr_t)whole->dst.at, s->count, s->m, stored, s->stream));
+                 cuda_mirror(s->at[op->dst], s->count, s->m, stored, shift ? shift->alpha : 0.0f,
+                             shift ? s->at[shift->dst] : NULL, s->stream));
+    }
     return MUONSHARD_OK;
 }
 
@@ -245,7 +255,7 @@ static muonshard_status multiply(const buffers *s, const ns_instruction *op) {
                     .b = matrices(s, b, right),
                     .c = matrices(s, op->dst, op->c == NS_NONE ? NULL : s->at[op->c]),
                     .dst = last ? s->result : matrices(s, op->dst, s->at[op->dst])};
-    return symmetric ? symmetric_product(s, &g, operands, stored) : product(s, &g);
+    return symmetric ? symmetric_product(s, op, &g, operands, stored) : product(s, &g);
 }
 
 static muonshard_status run(const buffers *s, const ns_instruction *op,
@@ -255,10 +265,7 @@ static muonshard_status run(const buffers *s, const ns_instruction *op,
     case NS_SYMMETRIC_PRODUCT:
     case NS_COMMUTING_PRODUCT:
     case NS_PRODUCT: return multiply(s, op);
-    case NS_ADD_IDENTITY:
-        TRY_CUDA(s->self, cuda_add_identity(s->at[op->a], s->count, s->m, op->alpha,
-                                            s->program->square_dtype, s->at[op->dst], s->stream));
-        break;
+    case NS_ADD_IDENTITY: break; /* with the product before it */
     }
     return MUONSHARD_OK;
 }
