@@ -70,8 +70,8 @@ cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_
  * shifted [count, m, m] = a + alpha I. */
 cudaError_t cuda_mirror(void *a, size_t count, int64_t m, ns_dtype dtype, float alpha,
                         void *shifted, cudaStream_t stream);
-/* dst [count]: numbers that look random, in [-1, 1]. */
-cudaError_t cuda_noise(void *dst, size_t count, ns_dtype dtype, cudaStream_t stream);
+/* dst [count]: numbers that look random, in [-most, most]. */
+cudaError_t cuda_noise(void *dst, size_t count, float most, ns_dtype dtype, cudaStream_t stream);
 /* dst [count] of dtype = src [count] fp32 */
 cudaError_t cuda_round(const float *src, size_t count, ns_dtype dtype, void *dst,
                        cudaStream_t stream);

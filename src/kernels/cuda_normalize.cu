@@ -265,16 +265,16 @@ cudaError_t cuda_round(const float *src, size_t count, ns_dtype dtype, void *dst
 
 /* A multiplicative hash of the index: what a product takes depends on its numbers, and on zeros it
  * is faster than it ever is in a step. */
-__global__ static void noise_kernel(void *dst, size_t count, muonshard_dtype dtype) {
+__global__ static void noise_kernel(void *dst, size_t count, float most, muonshard_dtype dtype) {
     each_of_grid(i, count) {
         uint32_t h = (uint32_t)i * 2654435769U;
         h = (h ^ h >> 15) * 2246822519U;
-        store_element(dst, dtype, i, (float)(int32_t)(h ^ h >> 13) * 0x1p-31f);
+        store_element(dst, dtype, i, most * ((float)(int32_t)(h ^ h >> 13) * 0x1p-31f));
     }
 }
 
-cudaError_t cuda_noise(void *dst, size_t count, ns_dtype dtype, cudaStream_t stream) {
-    return launch(noise_kernel, dim3(blocks_for(count)), dim3(THREADS), stream, dst, count,
+cudaError_t cuda_noise(void *dst, size_t count, float most, ns_dtype dtype, cudaStream_t stream) {
+    return launch(noise_kernel, dim3(blocks_for(count)), dim3(THREADS), stream, dst, count, most,
                   stored_as(dtype));
 }
 

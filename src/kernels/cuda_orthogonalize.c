@@ -4,6 +4,8 @@
  * comes out symmetric as far as cuBLASLt adds up in one order, if it is X X^T; what only commutes
  * does not, and the Gram form, which multiplies such squares on and on, diverges by it: its squares
  * are always mirrored. */
+#include <math.h>
+
 #include "kernels/cuda.h"
 #include "kernels/cuda_kernels.h"
 
@@ -312,9 +314,13 @@ muonshard_status cuda_prepare(backend *self, const ns_program *program, int64_t 
     const bool measures = cuda_of(self)->measures_gemms;
     buffers s = buffers_of(self, measures ? MEASURE : CHOOSE, program, m, n, count, workspace);
     s.result = results_of(program, items, count, m, n);
-    for (int b = NS_X; measures && b < NS_A + program->squares; b++)
-        TRY_CUDA(self, cuda_noise(s.at[b], (size_t)(s.m * width(&s, (ns_buffer)b)) * count,
-                                  ns_stored(program, (ns_buffer)b), s.stream));
+    /* As large as the numbers of matrices whose Frobenius norm is 1. */
+    for (int b = NS_X; measures && b < NS_A + program->squares; b++) {
+        const int64_t elements = m * width(&s, (ns_buffer)b);
+        TRY_CUDA(self,
+                 cuda_noise(s.at[b], (size_t)elements * count, (float)sqrt(3.0 / (double)elements),
+                            ns_stored(program, (ns_buffer)b), s.stream));
+    }
     for (int i = 0; i < program->count; i++) {
         const ns_instruction *op = &program->code[i];
         if (op->kind != NS_NORMALIZE && op->kind != NS_ADD_IDENTITY)
