@@ -153,7 +153,9 @@ static void check_arenas(const fixture *f) {
           *pack = calloc(p->wave_count, sizeof *pack);
     range *scratch = calloc(p->wave_count, sizeof *scratch);
     size_t packed = 0;
-    const bool reduce = f->settings->reduce != REDUCE_NONE;
+    const bool reduce = p->reduces;
+    assert_true(reduce == (p->world_size > 1 && f->settings->reduce != REDUCE_NONE));
+    assert_true(p->gathers == (p->world_size > 1));
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[i];
         owned[i] = (range){w->owned_offset, w->owned_offset + w->slot};
@@ -199,7 +201,10 @@ static void check_gather_buffers(const fixture *f) {
                 !registry_gathers_params(f->settings, w->dtype))
                 ranges[count++] = (range){w->factor_offset, w->factor_offset + factors};
         }
-        assert_disjoint(ranges, count, p->gather_bytes);
+        if (p->gathers)
+            assert_disjoint(ranges, count, p->gather_bytes);
+        else
+            assert_int_equal(p->gather_bytes, 0);
         free(ranges);
     }
     assert_int_equal(next, p->wave_count);
@@ -240,7 +245,7 @@ static void test_batches_have_one_oriented_shape(void **state) {
 static void check_schedule(const fixture *f) {
     const plan *p = &f->plan;
     const schedule *s = &f->schedule;
-    const bool reduce = f->settings->reduce != REDUCE_NONE;
+    const bool reduce = p->reduces;
     int *reduced = calloc(p->bucket_count + 1, sizeof *reduced);
     int *measured = calloc(p->bucket_count + 1, sizeof *measured);
     int *stage = calloc(p->batch_count + 1, sizeof *stage);
@@ -312,6 +317,7 @@ static void check_schedule(const fixture *f) {
             computed[o->index] = i;
             break;
         case OP_ALL_GATHER:
+            assert_true(p->gathers);
             assert_int_equal(stage[o->index], 2);
             assert_int_equal(s->ops[o->waits_on].index, o->index);
             assert_int_equal(o->waits_on, computed[o->index]);
@@ -324,8 +330,8 @@ static void check_schedule(const fixture *f) {
             gather[o->index] = i;
             break;
         case OP_APPLY:
-            assert_int_equal(stage[o->index], 3);
-            assert_int_equal(o->waits_on, gather[o->index]);
+            assert_int_equal(stage[o->index], p->gathers ? 3 : 2);
+            assert_int_equal(o->waits_on, p->gathers ? gather[o->index] : OP_NONE);
             stage[o->index] = 4;
             break;
         default: fail_msg("unknown operation");

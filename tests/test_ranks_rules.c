@@ -355,13 +355,15 @@ static void test_an_error_is_not_deferred(void **state) {
 
 /* ---- memory that a transport may still write to ---- */
 
-/* One rank, whose own messages arrive at once and whose step's never do. */
+/* One of two ranks, whose messages arrive at once and are what the other says too, and whose step's
+ * never do. */
 static muonshard_status stuck_start(muonshard_comm *comm, comm_ticket *ticket) {
-    (void)comm;
     const comm_request *request = &ticket->request;
     for (size_t i = 0; !request->backend && i < request->part_count; i++)
-        if (request->kind == COMM_ALL_GATHER && request->parts[i].bytes)
-            memcpy(request->parts[i].recv, request->parts[i].send, request->parts[i].bytes);
+        for (int r = 0;
+             request->kind == COMM_ALL_GATHER && request->parts[i].bytes && r < comm->size; r++)
+            memcpy((char *)request->parts[i].recv + (size_t)r * request->parts[i].bytes,
+                   request->parts[i].send, request->parts[i].bytes);
     return MUONSHARD_OK;
 }
 
@@ -398,7 +400,7 @@ static void test_a_transport_keeps_its_memory(void **state) {
         .tensors = rig_zoo, .count = 3, .yaml = "{timeout: 0.05, first_timeout: 0.05}"};
     for (int half_way = 0; half_way < 3; half_way++) { /* 2: nothing was begun */
         muonshard_comm *comm = NULL;
-        assert_int_equal(comm_create(&stuck_ops, NULL, 0, 1, NULL, &comm), MUONSHARD_OK);
+        assert_int_equal(comm_create(&stuck_ops, NULL, 0, 2, NULL, &comm), MUONSHARD_OK);
         rig r;
         rig_open(&r, comm, &setup);
         assert_int_equal(r.status, MUONSHARD_OK);

@@ -370,12 +370,12 @@ static muonshard_status set_values(muonshard_optimizer *o, const muonshard_step_
     return status ? step_kill(o, status, &o->backend->error) : MUONSHARD_OK;
 }
 
-/* The operation after the last all-gather. */
+/* The operation after all that is computed and sent. */
 static size_t deferred_end(const muonshard_optimizer *o) {
     size_t end = o->schedule.count;
-    while (end > 0 && o->schedule.ops[end - 1].kind != OP_ALL_GATHER)
+    while (end > 0 && o->schedule.ops[end - 1].kind == OP_APPLY)
         end--;
-    return end ? end : o->schedule.count;
+    return end;
 }
 
 muonshard_status muonshard_step(muonshard_optimizer *o, const muonshard_step_args *args) {

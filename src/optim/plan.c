@@ -291,7 +291,8 @@ static void make_buckets(builder *b) {
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[p->reduce_order[i]];
         const size_t wave_bytes = w->slot * (size_t)p->world_size * dtype_size(w->wire);
-        if (!current || bytes + wave_bytes > (size_t)b->s->bucket_bytes) {
+        /* What doesn't travel has no use for parts. */
+        if (!current || (p->reduces && bytes + wave_bytes > (size_t)b->s->bucket_bytes)) {
             current = &p->buckets[p->bucket_count++];
             *current = (bucket){.first = i};
             bytes = 0;
@@ -351,13 +352,13 @@ static void lay_out_gathers(builder *b) {
     }
     for (size_t k = 1; k < p->batch_count; k += 2)
         lay_out_gather(b, &p->batches[k], largest);
-    p->gather_bytes = 2 * largest;
+    p->gather_bytes = p->gathers ? 2 * largest : 0;
 }
 
 static void lay_out_reduction(builder *b, wave *w) {
     plan *p = b->p;
     const size_t slot = w->slot * dtype_size(w->wire), whole = (size_t)p->world_size * slot;
-    if (b->s->reduce == REDUCE_NONE)
+    if (!p->reduces)
         return;
     w->exchange_offset = p->scratch_bytes;
     p->scratch_bytes += b->sums_fp32 && w->wire == MUONSHARD_FP32 ? 0 : aligned(whole);
@@ -403,7 +404,7 @@ static void lay_out(builder *b) {
 static void count_bytes(builder *b) {
     plan *p = b->p;
     const size_t n = (size_t)p->world_size;
-    const bool reduce = b->s->reduce != REDUCE_NONE;
+    const bool reduce = p->reduces;
     p->bytes_reduced = p->bytes_gathered = p->bytes_packed = p->bytes_padded = 0;
     for (size_t i = 0; i < p->wave_count; i++) {
         const wave *w = &p->waves[i];
@@ -459,7 +460,9 @@ static muonshard_status allocate(builder *b, error_text *error) {
 /* `whole`: runs of a stack as long as there are ranks stay waves, which need no packing. */
 static muonshard_status build(plan *p, const registry *r, const settings *s, int world_size,
                               bool device, bool whole, error_text *error) {
-    *p = (plan){.world_size = world_size};
+    *p = (plan){.world_size = world_size,
+                .reduces = s->reduce != REDUCE_NONE && world_size > 1,
+                .gathers = world_size > 1};
     builder b = {.p = p, .r = r, .s = s, .device = device};
     muonshard_status status;
     TRY_GOTO(allocate(&b, error), done);

@@ -77,6 +77,9 @@ typedef struct plan {
                             buffer */
     size_t flat_elements, flat_shard;
 
+    /* Gradients travel to their owners, and what became of them to everybody: not where there is
+     * one rank, nor, the former, where the caller has reduced them. */
+    bool reduces, gathers;
     /* arenas a rank; elements */
     size_t matrix_elements, owned_elements, variance_elements, master_elements;
     bool flat_master; /* flat parameters are kept in fp32 beside the caller's */

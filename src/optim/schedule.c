@@ -32,10 +32,10 @@ static int add(schedule *s, op_kind kind, size_t index, int waits_on) {
 }
 
 /* Gradients to their owners in the order of buckets, then their sums of squares. */
-static void add_reduction(schedule *s, const plan *p, bool reduced_by_caller) {
+static void add_reduction(schedule *s, const plan *p) {
     const size_t first = s->count;
     for (size_t b = 0; b < p->bucket_count; b++) {
-        if (reduced_by_caller) {
+        if (!p->reduces) {
             add(s, OP_TAKE, b, OP_NONE);
             continue;
         }
@@ -45,7 +45,7 @@ static void add_reduction(schedule *s, const plan *p, bool reduced_by_caller) {
     const size_t end = s->count;
     for (size_t i = first; i < end; i++) {
         if (s->ops[i].kind != OP_PACK)
-            add(s, OP_MEASURE, (size_t)s->ops[i].index, reduced_by_caller ? OP_NONE : (int)i);
+            add(s, OP_MEASURE, (size_t)s->ops[i].index, p->reduces ? (int)i : OP_NONE);
     }
 }
 
@@ -56,8 +56,9 @@ static bool is_repeated(op_kind kind) {
 static void number_segments(schedule *s) {
     for (size_t i = 0; i < s->count; i++) {
         op *o = &s->ops[i];
-        /* What waits for parameters waits for the end of a segment. */
-        const bool goes_on = i > 0 && s->ops[i - 1].segment != OP_NONE &&
+        /* What waits for parameters waits for the end of a segment; a step can be left before its
+         * last operation. */
+        const bool goes_on = i > 0 && i + 1 < s->count && s->ops[i - 1].segment != OP_NONE &&
                              s->ops[i - 1].kind != OP_APPLY && o->waits_on == OP_NONE;
         o->segment = !is_repeated(o->kind) ? OP_NONE : goes_on ? s->segments - 1 : s->segments++;
     }
@@ -66,7 +67,7 @@ static void number_segments(schedule *s) {
 muonshard_status schedule_make(schedule *s, const plan *p, const settings *set, error_text *error) {
     *s = (schedule){.ops = calloc(3 * p->bucket_count + 6 * p->batch_count + 2, sizeof *s->ops)};
     FAIL_IF(!s->ops, error, MUONSHARD_ERR_MEMORY, "out of memory");
-    add_reduction(s, p, set->reduce == REDUCE_NONE);
+    add_reduction(s, p);
     const int agree = add(s, OP_AGREE, 0, s->count ? (int)s->count - 1 : OP_NONE);
     add(s, OP_RESOLVE, 0, agree);
 
@@ -84,7 +85,7 @@ muonshard_status schedule_make(schedule *s, const plan *p, const settings *set, 
                 computed = add(s, OP_UPDATE, b, OP_NONE);
         }
         const int previous = gather;
-        gather = add(s, OP_ALL_GATHER, b, computed);
+        gather = p->gathers ? add(s, OP_ALL_GATHER, b, computed) : OP_NONE;
         if (b > 0)
             add(s, OP_APPLY, b - 1, previous);
     }

@@ -77,11 +77,11 @@ static apply_item apply_view(const muonshard_optimizer *o, const wave *w, int ra
 }
 
 /* Where this rank leaves U of a wave it owns a matrix of: in its place of the all-gather, which
- * then has nothing to copy; where parameters are gathered, or the communicator can't, where the
- * gradient was. */
+ * then has nothing to copy; where nothing is gathered, or parameters are, or the communicator needs
+ * them apart, where the gradient was. */
 static void *update_at(const muonshard_optimizer *o, const batch *b, const wave *w) {
     size_t place = 0;
-    if (b->gathers_params || !o->data->ops->gathers_in_place)
+    if (b->gathers_params || !o->plan.gathers || !o->data->ops->gathers_in_place)
         return o->memory.owned + w->owned_offset;
     for (int r = 0; r < o->comm->rank; r++)
         place += !w->compact_gather || plan_slot_view(&o->plan, w, r) != PLAN_EMPTY_SLOT;
@@ -128,13 +128,13 @@ static void add_slot(muonshard_optimizer *o, const batch *b, const wave *w, int 
     const muonshard_dtype u_dtype = ns_program_output(work->program);
     const char *gathered = m->exchange + w->gather_offset;
     const char *slot = gathered + place * w->slot * dtype_size(w->sent);
-    if (!b->gathers_params) {
+    if (!o->plan.gathers || (b->gathers_params && own)) {
+        work->apply[work->apply_count++] =
+            apply_view(o, w, rank, update_at(o, b, w), m->factors + w->variance_offset, u_dtype);
+    } else if (!b->gathers_params) {
         const float *factors = (const float *)(const void *)(m->exchange + w->factor_offset);
         work->apply[work->apply_count++] =
             apply_view(o, w, rank, slot, factors + place * (size_t)b->n, u_dtype);
-    } else if (own) {
-        work->apply[work->apply_count++] = apply_view(o, w, rank, m->owned + w->owned_offset,
-                                                      m->factors + w->variance_offset, u_dtype);
     } else {
         const view *v = &o->registry.views[plan_slot_view(&o->plan, w, rank)];
         work->store[work->store_count++] =
