@@ -27,6 +27,10 @@ cudaError_t emulated_launch(cudaStream_t stream, dim3 grid, dim3 block, size_t p
 
 #define __syncthreads() emulated_barrier()
 
+template <typename Type> static inline void store_wide(Type *to, Type x) {
+    *to = x;
+}
+
 template <typename Type> struct plain { typedef Type type; };
 
 template <typename... Parameters>
