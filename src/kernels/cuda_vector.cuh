@@ -33,8 +33,8 @@ __device__ static inline bool is_aligned(const void *array, muonshard_dtype dtyp
 
 /* ---- memory ---- */
 
-/* body(known) with known.dtype a constant. Loads of one dtype or another are two instructions of
- * which one is carried out; stores stay whole only where the compiler knows the dtype. */
+/* body(known) with known.dtype a constant, for what is stored. Of what is loaded the dtype may be
+ * known at run time only: that makes two loads, of which one is carried out, and no wait. */
 template <muonshard_dtype Dtype> struct known_dtype {
     static constexpr muonshard_dtype dtype = Dtype;
 };
@@ -53,7 +53,7 @@ __device__ static inline quad_bits load_bits(const void *array, muonshard_dtype 
     if (dtype == MUONSHARD_FP32) {
         const uint32_t *from = (const uint32_t *)array + p.at;
         if (p.whole) {
-            const uint4 v = *(const uint4 *)from;
+            const uint4 v = load_wide<uint4>(from);
             return {{v.x, v.y, v.z, v.w}};
         }
 #pragma unroll
@@ -63,7 +63,7 @@ __device__ static inline quad_bits load_bits(const void *array, muonshard_dtype 
     } else {
         const uint16_t *from = (const uint16_t *)array + p.at;
         if (p.whole) {
-            const uint2 v = *(const uint2 *)from;
+            const uint2 v = load_wide<uint2>(from);
             return {{v.x, v.y}};
         }
 #pragma unroll
