@@ -228,10 +228,14 @@ __device__ static quad weights_after(const apply_args *args, quad w, quad u, app
 __device__ static quad times_factor(const apply_item *it, piece p, quad u) {
     const size_t cols = (size_t)it->cols;
     place_in at = place_of(p.at, cols);
+    float f = it->factor[it->by_rows ? at.row : at.col];
 #pragma unroll
-    for (unsigned j = 0; j < QUAD; j++, next_place(&at, cols))
-        if (j < p.count)
-            u.x[j] = it->factor[it->by_rows ? at.row : at.col] * u.x[j];
+    for (unsigned j = 0; j < QUAD; j++)
+        if (j < p.count) {
+            if (j && (next_place(&at, cols) || !it->by_rows))
+                f = it->factor[it->by_rows ? at.row : at.col];
+            u.x[j] = f * u.x[j];
+        }
     return u;
 }
 

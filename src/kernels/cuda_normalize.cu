@@ -23,13 +23,13 @@ __device__ static inline piece piece_of_tile(unsigned k, size_t row, size_t col,
     return p;
 }
 
-/* use(piece, place, quad) for all of the transpose [cols, rows] of src [rows, cols], through tiles
+/* use(piece, place, bits) for all of the transpose [cols, rows] of src [rows, cols], through tiles
  * in shared memory: both ways neighbouring threads have neighbouring fours. This block's are those
  * of `part`; `aligned`: that is what `use` writes. */
 template <typename Use>
 __device__ static void turn(const void *src, muonshard_dtype dtype, size_t rows, size_t cols,
                             unsigned part, bool aligned, Use use) {
-    __shared__ float tile[SIDE][SIDE + 1];
+    __shared__ uint32_t tile[SIDE][SIDE + 1]; /* of one element each */
     const bool whole_in = is_aligned(src, dtype) && cols % QUAD == 0;
     const bool whole_out = aligned && rows % QUAD == 0;
     const size_t across = (cols + SIDE - 1) / SIDE, tiles = across * ((rows + SIDE - 1) / SIDE);
@@ -43,28 +43,27 @@ __device__ static void turn(const void *src, muonshard_dtype dtype, size_t rows,
 #pragma unroll
         for (unsigned k = 0; k < FOURS; k++) {
             const unsigned four = k * THREADS + threadIdx.x;
-            const quad q = unpack(got[k], dtype);
 #pragma unroll
             for (unsigned j = 0; j < QUAD; j++)
-                tile[four / ACROSS][four % ACROSS * QUAD + j] = q.x[j];
+                tile[four / ACROSS][four % ACROSS * QUAD + j] = one_of(got[k], dtype, j);
         }
         __syncthreads();
 #pragma unroll
         for (unsigned k = 0; k < FOURS; k++) {
             const unsigned four = k * THREADS + threadIdx.x;
             const piece p = piece_of_tile(k, col, row, cols, rows, whole_out);
-            quad q;
+            quad_bits b = {};
 #pragma unroll
             for (unsigned j = 0; j < QUAD; j++)
-                q.x[j] = tile[four % ACROSS * QUAD + j][four / ACROSS];
+                put_one(&b, dtype, j, tile[four % ACROSS * QUAD + j][four / ACROSS]);
             if (p.count)
-                use(p, place_in{col + four / ACROSS, row + four % ACROSS * QUAD}, q);
+                use(p, place_in{col + four / ACROSS, row + four % ACROSS * QUAD, p.count}, b);
         }
         __syncthreads();
     }
 }
 
-/* use(piece, place, quad) for all of an array [rows, cols] as it lies, or of its transpose: `place`
+/* use(piece, place, bits) for all of an array [rows, cols] as it lies, or of its transpose: `place`
  * is where in what is written the piece begins. */
 template <typename Use>
 __device__ static void each_quad(const void *src, muonshard_dtype dtype, size_t rows, size_t cols,
@@ -75,7 +74,7 @@ __device__ static void each_quad(const void *src, muonshard_dtype dtype, size_t 
         for_each_quad<4>(
             block_span(rows * cols, part), aligned && is_aligned(src, dtype),
             [=](piece p) { return load_bits(src, dtype, p); },
-            [&](piece p, const quad_bits &b) { use(p, place_of(p.at, cols), unpack(b, dtype)); });
+            [&](piece p, const quad_bits &b) { use(p, place_of(p.at, cols), b); });
 }
 
 /* Element (r, c) of an oriented [m, n] matrix, in an array that is turned or not. */
@@ -106,7 +105,8 @@ __global__ static void load_fp64_kernel(const __grid_constant__ item_list<orthog
     double *to = x64 + (size_t)blockIdx.y * (size_t)m * (size_t)n;
     const int64_t rows = it->transposed ? n : m, cols = it->transposed ? m : n;
     each_quad(it->u, MUONSHARD_FP32, (size_t)rows, (size_t)cols, it->transposed, blockIdx.x, true,
-              [=](piece p, place_in, quad q) {
+              [=](piece p, place_in, const quad_bits &b) {
+                  const quad q = unpack(b, MUONSHARD_FP32);
 #pragma unroll
                   for (unsigned j = 0; j < QUAD; j++)
                       if (j < p.count)
@@ -135,11 +135,16 @@ __global__ static void store_x_kernel(const __grid_constant__ item_list<orthogon
     const double *factor = factors + (size_t)item * (size_t)m;
     const int64_t rows = it->transposed ? n : m, cols = it->transposed ? m : n;
     each_quad(it->u, MUONSHARD_FP32, (size_t)rows, (size_t)cols, it->transposed, part,
-              is_aligned(to, Dtype), [=](piece p, place_in at, quad q) {
+              is_aligned(to, Dtype), [=](piece p, place_in at, const quad_bits &b) {
+                  quad q = unpack(b, MUONSHARD_FP32);
+                  double f = factor[at.row];
 #pragma unroll
-                  for (unsigned j = 0; j < QUAD; j++, next_place(&at, (size_t)n))
-                      if (j < p.count)
-                          q.x[j] = (float)((double)q.x[j] * factor[at.row]);
+                  for (unsigned j = 0; j < QUAD; j++)
+                      if (j < p.count) {
+                          if (j && next_place(&at, (size_t)n))
+                              f = factor[at.row];
+                          q.x[j] = (float)((double)q.x[j] * f);
+                      }
                   store_bits(to, Dtype, p, pack(q, Dtype));
               });
 }
@@ -168,8 +173,9 @@ __global__ static void give_back_kernel(const __grid_constant__ item_list<orthog
     const char *from = x + blockIdx.y * elements * (dtype == MUONSHARD_FP32 ? 4 : 2);
     void *out = it->out;
     each_quad(from, dtype, (size_t)m, (size_t)n, it->transposed, blockIdx.x,
-              is_aligned(out, Wanted),
-              [=](piece p, place_in, quad q) { store_bits(out, Wanted, p, pack(q, Wanted)); });
+              is_aligned(out, Wanted), [=](piece p, place_in, const quad_bits &b) {
+                  store_bits(out, Wanted, p, dtype == Wanted ? b : pack(unpack(b, dtype), Wanted));
+              });
 }
 
 static void (*const give_back_kernels[])(item_list<orthogonalize_item>, int64_t, int64_t,

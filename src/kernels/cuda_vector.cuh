@@ -31,6 +31,20 @@ __device__ static inline bool is_aligned(const void *array, muonshard_dtype dtyp
     return (uintptr_t)array % (dtype == MUONSHARD_FP32 ? 16 : 8) == 0;
 }
 
+/* One of the four, in the low bits. */
+__device__ static inline uint32_t one_of(quad_bits b, muonshard_dtype dtype, unsigned j) {
+    return dtype == MUONSHARD_FP32 ? b.word[j] : b.word[j / 2] >> 16 * (j % 2) & 0xffff;
+}
+
+/* Into bits that are zero there. */
+__device__ static inline void put_one(quad_bits *b, muonshard_dtype dtype, unsigned j,
+                                      uint32_t bits) {
+    if (dtype == MUONSHARD_FP32)
+        b->word[j] = bits;
+    else
+        b->word[j / 2] |= bits << 16 * (j % 2);
+}
+
 /* ---- memory ---- */
 
 /* body(known) with known.dtype a constant, for what is stored. Of what is loaded the dtype may be
@@ -59,7 +73,7 @@ __device__ static inline quad_bits load_bits(const void *array, muonshard_dtype 
 #pragma unroll
         for (unsigned j = 0; j < QUAD; j++)
             if (j < p.count)
-                b.word[j] = from[j];
+                put_one(&b, dtype, j, from[j]);
     } else {
         const uint16_t *from = (const uint16_t *)array + p.at;
         if (p.whole) {
@@ -69,7 +83,7 @@ __device__ static inline quad_bits load_bits(const void *array, muonshard_dtype 
 #pragma unroll
         for (unsigned j = 0; j < QUAD; j++)
             if (j < p.count)
-                b.word[j / 2] |= (uint32_t)from[j] << 16 * (j % 2);
+                put_one(&b, dtype, j, from[j]);
     }
     return b;
 }
@@ -84,7 +98,7 @@ __device__ static inline void store_bits(void *array, muonshard_dtype dtype, pie
 #pragma unroll
         for (unsigned j = 0; j < QUAD; j++)
             if (j < p.count)
-                to[j] = b.word[j];
+                to[j] = one_of(b, dtype, j);
     } else {
         uint16_t *to = (uint16_t *)array + p.at;
         if (p.whole) {
@@ -94,7 +108,7 @@ __device__ static inline void store_bits(void *array, muonshard_dtype dtype, pie
 #pragma unroll
         for (unsigned j = 0; j < QUAD; j++)
             if (j < p.count)
-                to[j] = (uint16_t)(b.word[j / 2] >> 16 * (j % 2));
+                to[j] = (uint16_t)one_of(b, dtype, j);
     }
 }
 
@@ -104,7 +118,7 @@ template <typename From> __device__ static inline quad unpack_halves(quad_bits b
     quad q;
 #pragma unroll
     for (unsigned j = 0; j < QUAD; j++)
-        q.x[j] = from((uint16_t)(b.word[j / 2] >> 16 * (j % 2)));
+        q.x[j] = from((uint16_t)one_of(b, MUONSHARD_BF16, j));
     return q;
 }
 
@@ -113,7 +127,7 @@ template <typename To> __device__ static inline quad_bits pack_halves(quad q, To
     quad_bits b = {};
 #pragma unroll
     for (unsigned j = 0; j < QUAD; j++)
-        b.word[j / 2] |= (uint32_t)to(q.x[j], j) << 16 * (j % 2);
+        put_one(&b, MUONSHARD_BF16, j, to(q.x[j], j));
     return b;
 }
 
@@ -194,19 +208,25 @@ __device__ static inline void for_each_quad(span s, bool aligned, Load load, Use
     }
 }
 
-/* Where element i of a matrix is; next_place goes on to the one behind it without a division. */
+/* Where an element of a matrix is. */
 typedef struct place_in {
     size_t row, col;
+    unsigned left; /* elements from here to the end of the row, at most QUAD */
 } place_in;
 
 __device__ static inline place_in place_of(size_t i, size_t cols) {
-    const size_t row = i / cols;
-    return {row, i - row * cols};
+    const size_t row = i / cols, col = i - row * cols, left = cols - col;
+    return {row, col, left < QUAD ? (unsigned)left : QUAD};
 }
 
-__device__ static inline void next_place(place_in *at, size_t cols) {
-    if (++at->col == cols)
-        *at = {at->row + 1, 0};
+/* On to the element behind it, without a division; true where that begins a row. For pieces: QUAD
+ * steps at most. */
+__device__ static inline bool next_place(place_in *at, size_t cols) {
+    at->col++;
+    if (--at->left)
+        return false;
+    *at = {at->row + 1, 0, cols < QUAD ? (unsigned)cols : QUAD};
+    return true;
 }
 
 #endif
