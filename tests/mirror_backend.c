@@ -4,12 +4,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST = 4096 };
+enum { MOST = 4096, ALIGNMENT = 16 }; /* bytes: of the widest access */
 
 /* An array of the host's and where it is on the device. */
 typedef struct image {
     char *host, *device;
     size_t bytes;
+    void *memory; /* own, what is to be freed */
 } image;
 
 typedef struct mirror {
@@ -27,8 +28,8 @@ static void note(mirror *m, muonshard_status status) {
     m->status = m->status ? m->status : status;
 }
 
-/* Where [host, host + bytes) is on the device; NULL for NULL. What lies within an array that is
- * there already stays within it. */
+/* Where [host, host + bytes) is on the device, aligned as it is on the host; NULL for NULL. What
+ * lies within an array that is there already stays within it. */
 static void *over(mirror *m, const void *host, size_t bytes) {
     char *at = (char *)(uintptr_t)host;
     if (!host)
@@ -43,14 +44,15 @@ static void *over(mirror *m, const void *host, size_t bytes) {
         return NULL;
     }
     image *it = &m->images[m->count++];
-    void *device = NULL;
+    const size_t offset = (uintptr_t)host % ALIGNMENT;
     *it = (image){.host = at, .bytes = bytes};
-    note(m, m->inner->ops->alloc(m->inner, &device, bytes));
-    it->device = device;
-    const copy_item item = {device, host, bytes};
-    if (device)
-        note(m, m->inner->ops->copy(m->inner, &item, 1, STREAM_COMPUTE));
-    return device;
+    note(m, m->inner->ops->alloc(m->inner, &it->memory, offset + bytes));
+    if (!it->memory)
+        return NULL;
+    it->device = (char *)it->memory + offset;
+    const copy_item item = {it->device, host, bytes};
+    note(m, m->inner->ops->copy(m->inner, &item, 1, STREAM_COMPUTE));
+    return it->device;
 }
 
 /* Back to the host, whatever it was, behind what `stream` was given. */
@@ -63,7 +65,7 @@ static muonshard_status finish_on(backend *self, muonshard_status status, backen
         const copy_item item = {it->host, it->device, it->bytes};
         if (it->device)
             note(m, m->inner->ops->copy(m->inner, &item, 1, STREAM_COMPUTE));
-        m->inner->ops->free(m->inner, it->device);
+        m->inner->ops->free(m->inner, it->memory);
     }
     m->count = 0;
     const muonshard_status outcome = m->status;

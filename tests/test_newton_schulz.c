@@ -13,7 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const int64_t shapes[][2] = {{1, 1}, {1, 50}, {7, 13}, {31, 17}, {64, 64}, {130, 300}};
+static const int64_t shapes[][2] = {{1, 1},   {1, 50},    {7, 13},   {31, 17},
+                                    {64, 64}, {130, 300}, {132, 68}, {66, 40}};
 enum { SHAPES = sizeof shapes / sizeof shapes[0], COUNT = 3 };
 
 /* Everything a program can be made of. */
@@ -107,6 +108,46 @@ static void check_transposed(const ns_program *program, int64_t r, int64_t c, fl
 static void test_transposed_input_gives_transposed_bits(void **state) {
     (void)state;
     for_all(check_transposed);
+}
+
+/* Matrices that start so many elements behind an aligned address, and their results elsewhere. */
+static void check_shifted(const ns_program *program, int64_t r, int64_t c, float **u, float **out) {
+    enum { SPARE = 8 };
+    const muonshard_dtype dtype = ns_program_output(program);
+    const int64_t m = r < c ? r : c, n = r < c ? c : r;
+    const size_t elements = (size_t)(r * c), size = dtype_size(dtype);
+    orthogonalize_item items[COUNT];
+    char *memory[COUNT];
+    float *in[COUNT], *got = ns_numbers(elements);
+    backend *b = NULL;
+    error_text error;
+    void *workspace;
+    assert_int_equal(test_backend_open(&b, &error), MUONSHARD_OK);
+    const size_t bytes = b->ops->orthogonalize_workspace(b, program, m, n, COUNT);
+    assert_int_equal(b->ops->alloc(b, &workspace, bytes), MUONSHARD_OK);
+    for (size_t i = 0; i < COUNT; i++) {
+        in[i] = ns_numbers(elements + SPARE);
+        memory[i] = (char *)ns_numbers(elements + SPARE);
+        memcpy(in[i] + i, u[i], elements * sizeof(float));
+        items[i] = (orthogonalize_item){
+            .u = in[i] + i, .out = memory[i] + (i * 5 + 2) % SPARE * size, .transposed = r > c};
+    }
+    assert_int_equal(b->ops->orthogonalize(b, NULL, program, m, n, items, COUNT, workspace),
+                     MUONSHARD_OK);
+    for (size_t i = 0; i < COUNT; i++) {
+        dtype_load(got, items[i].out, dtype, elements);
+        assert_memory_equal(got, out[i], elements * sizeof(float));
+        free(in[i]);
+        free(memory[i]);
+    }
+    free(got);
+    b->ops->free(b, workspace);
+    backend_close(b);
+}
+
+static void test_where_matrices_start_changes_no_bit(void **state) {
+    (void)state;
+    for_all(check_shifted);
 }
 
 static void check_without_instructions(const ns_program *program, int64_t r, int64_t c, float **u,
@@ -208,6 +249,7 @@ int main(void) {
     const struct CMUnitTest all[] = {
         cmocka_unit_test(test_batched_equals_single),
         cmocka_unit_test(test_transposed_input_gives_transposed_bits),
+        cmocka_unit_test(test_where_matrices_start_changes_no_bit),
         cmocka_unit_test(test_instructions_change_no_bit),
         cmocka_unit_test(test_symmetric_results_equal_their_transposes),
         cmocka_unit_test(test_skip_leaves_the_matrix),

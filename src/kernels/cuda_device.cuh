@@ -22,10 +22,10 @@ typedef struct span {
     size_t begin, end;
 } span;
 
-/* The elements of `count` that are this block's; begins are multiples of 32. None, where the grid
- * is as wide as a longer item needs it. */
-__device__ static inline span block_span(size_t count) {
-    const size_t units = (count + 31) / 32, part = blockIdx.x, parts = parts_for(count);
+/* The elements of `count` that are the block's that does `part`; begins are multiples of 32. None,
+ * where the grid is as wide as a longer item needs it. */
+__device__ static inline span block_span(size_t count, size_t part) {
+    const size_t units = (count + 31) / 32, parts = parts_for(count);
     span s = {count, count};
     if (part >= parts)
         return s;
@@ -34,10 +34,6 @@ __device__ static inline span block_span(size_t count) {
     s.end = end < count ? end : count;
     return s;
 }
-
-/* for_each(i, span): `i` a thread, all threads of the block in turns. */
-#define for_each(i, span)                                                                          \
-    for (size_t i = (span).begin + threadIdx.x; i < (span).end; i += blockDim.x)
 
 /* body(list, how many, the number of elements of the longest) for all items, CUDA_LIST at a time;
  * those without elements are left out. */
@@ -73,22 +69,6 @@ __device__ static inline void store_element(void *array, muonshard_dtype dtype, 
     switch (dtype) {
     case MUONSHARD_BF16: ((uint16_t *)array)[i] = to_bf16(x); break;
     case MUONSHARD_FP16: ((uint16_t *)array)[i] = to_fp16(x); break;
-    default: ((float *)array)[i] = x;
-    }
-}
-
-/* As dtype_store_stochastic: `element` of `tensor`. */
-__device__ static inline void store_stochastic(void *array, muonshard_dtype dtype, size_t i,
-                                               float x, const kernel_context *c, int tensor,
-                                               size_t element) {
-    random_stream s;
-    s.seed = c->seed;
-    s.step = (uint32_t)c->record->count;
-    s.tensor = (uint32_t)tensor;
-    const uint32_t random = philox(s, element / 4).word[element % 4];
-    switch (dtype) {
-    case MUONSHARD_BF16: ((uint16_t *)array)[i] = to_bf16_stochastic(x, random); break;
-    case MUONSHARD_FP16: ((uint16_t *)array)[i] = to_fp16_stochastic(x, random); break;
     default: ((float *)array)[i] = x;
     }
 }

@@ -19,6 +19,21 @@ static cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
     return cudaLaunchKernel((const void *)kernel, grid, block, list, 0, stream);
 }
 
+template <typename Type> __device__ static inline Type load_wide(const void *from) {
+    return *(const Type *)from;
+}
+
+/* One instruction, to global memory; the compiler may take an assignment apart where others are
+ * near it. */
+__device__ static inline void store_wide(uint4 *to, uint4 x) {
+    asm("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+        : "memory");
+}
+
+__device__ static inline void store_wide(uint2 *to, uint2 x) {
+    asm("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
 #else
 #include "cuda_emulation.h"
 #endif

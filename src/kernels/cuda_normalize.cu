@@ -1,12 +1,80 @@
 /* cuda_normalize.cu - matrices on their way into Newton-Schulz and out of it: turned so that rows
  * are no more than columns, divided by their norm in fp64, rounded; and turned back. */
-#include "kernels/cuda_device.cuh"
+#include "kernels/cuda_vector.cuh"
 
 /* ---- turning ---- */
 
-static inline dim3 tiles_of(int64_t m, int64_t n, unsigned count) {
-    const int64_t tiles = ((m + TILE - 1) / TILE) * ((n + TILE - 1) / TILE);
-    return dim3((unsigned)(tiles < (1 << 20) ? tiles : 1 << 20), count);
+enum {
+    SIDE = 64,                      /* of a tile, elements */
+    ACROSS = SIDE / QUAD,           /* fours in a row of it */
+    FOURS = SIDE * ACROSS / THREADS /* a thread */
+};
+
+/* The k-th four of this thread in a tile at (row, col) of an array [rows, cols]. */
+__device__ static inline piece piece_of_tile(unsigned k, size_t row, size_t col, size_t rows,
+                                             size_t cols, bool aligned) {
+    const unsigned four = k * THREADS + threadIdx.x;
+    row += four / ACROSS;
+    col += four % ACROSS * QUAD;
+    piece p = {row * cols + col, 0, false};
+    if (row < rows && col < cols)
+        p.count = cols - col < QUAD ? (unsigned)(cols - col) : QUAD;
+    p.whole = aligned && p.count == QUAD;
+    return p;
+}
+
+/* use(piece, place, bits) for all of the transpose [cols, rows] of src [rows, cols], through tiles
+ * in shared memory: both ways neighbouring threads have neighbouring fours. This block's are those
+ * of `part`; `aligned`: that is what `use` writes. */
+template <typename Use>
+__device__ static void turn(const void *src, muonshard_dtype dtype, size_t rows, size_t cols,
+                            unsigned part, bool aligned, Use use) {
+    __shared__ uint32_t tile[SIDE][SIDE + 1]; /* of one element each */
+    const bool whole_in = is_aligned(src, dtype) && cols % QUAD == 0;
+    const bool whole_out = aligned && rows % QUAD == 0;
+    const size_t across = (cols + SIDE - 1) / SIDE, tiles = across * ((rows + SIDE - 1) / SIDE);
+    const size_t end = tiles * (part + 1) / gridDim.x;
+    for (size_t t = tiles * part / gridDim.x; t < end; t++) {
+        const size_t row = t / across * SIDE, col = t % across * SIDE;
+        quad_bits got[FOURS];
+#pragma unroll
+        for (unsigned k = 0; k < FOURS; k++)
+            got[k] = load_bits(src, dtype, piece_of_tile(k, row, col, rows, cols, whole_in));
+#pragma unroll
+        for (unsigned k = 0; k < FOURS; k++) {
+            const unsigned four = k * THREADS + threadIdx.x;
+#pragma unroll
+            for (unsigned j = 0; j < QUAD; j++)
+                tile[four / ACROSS][four % ACROSS * QUAD + j] = one_of(got[k], dtype, j);
+        }
+        __syncthreads();
+#pragma unroll
+        for (unsigned k = 0; k < FOURS; k++) {
+            const unsigned four = k * THREADS + threadIdx.x;
+            const piece p = piece_of_tile(k, col, row, cols, rows, whole_out);
+            quad_bits b = {};
+#pragma unroll
+            for (unsigned j = 0; j < QUAD; j++)
+                put_one(&b, dtype, j, tile[four % ACROSS * QUAD + j][four / ACROSS]);
+            if (p.count)
+                use(p, place_in{col + four / ACROSS, row + four % ACROSS * QUAD, p.count}, b);
+        }
+        __syncthreads();
+    }
+}
+
+/* use(piece, place, bits) for all of an array [rows, cols] as it lies, or of its transpose: `place`
+ * is where in what is written the piece begins. */
+template <typename Use>
+__device__ static void each_quad(const void *src, muonshard_dtype dtype, size_t rows, size_t cols,
+                                 bool turned, unsigned part, bool aligned, Use use) {
+    if (turned)
+        turn(src, dtype, rows, cols, part, aligned, use);
+    else
+        for_each_quad<4>(
+            block_span(rows * cols, part), aligned && is_aligned(src, dtype),
+            [=](piece p) { return load_bits(src, dtype, p); },
+            [&](piece p, const quad_bits &b) { use(p, place_of(p.at, cols), b); });
 }
 
 /* Element (r, c) of an oriented [m, n] matrix, in an array that is turned or not. */
@@ -14,28 +82,8 @@ __device__ static inline size_t place(int64_t r, int64_t c, int64_t m, int64_t n
     return turned ? (size_t)c * (size_t)m + (size_t)r : (size_t)r * (size_t)n + (size_t)c;
 }
 
-/* store(r, c, load(r, c)) for all elements, a tile of them a block at a time: neighbouring threads
- * read neighbours, and write neighbours, each way the array lies. */
-template <typename Load, typename Store>
-__device__ static void through_tiles(int64_t m, int64_t n, bool turned_in, bool turned_out,
-                                     Load load, Store store) {
-    __shared__ float tile[TILE][TILE + 1];
-    const int64_t across = (n + TILE - 1) / TILE, tiles = across * ((m + TILE - 1) / TILE);
-    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const int64_t r0 = t / across * TILE, c0 = t % across * TILE;
-        for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y) {
-            const unsigned r = turned_in ? threadIdx.x : k, c = turned_in ? k : threadIdx.x;
-            if (r0 + r < m && c0 + c < n)
-                tile[r][c] = load(r0 + r, c0 + c);
-        }
-        __syncthreads();
-        for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y) {
-            const unsigned r = turned_out ? threadIdx.x : k, c = turned_out ? k : threadIdx.x;
-            if (r0 + r < m && c0 + c < n)
-                store(r0 + r, c0 + c, tile[r][c]);
-        }
-        __syncthreads();
-    }
+static inline dim3 blocks_of(int64_t m, int64_t n, unsigned count) {
+    return dim3(parts_for((size_t)m * (size_t)n), count);
 }
 
 /* body(list, how many, how many came before) for all items. */
@@ -55,37 +103,55 @@ __global__ static void load_fp64_kernel(const __grid_constant__ item_list<orthog
                                         int64_t m, int64_t n, double *x64) {
     const orthogonalize_item *it = &list.at[blockIdx.y];
     double *to = x64 + (size_t)blockIdx.y * (size_t)m * (size_t)n;
-    const float *u = it->u;
-    const bool turned = it->transposed;
-    through_tiles(
-        m, n, turned, false, [=](int64_t r, int64_t c) { return u[place(r, c, m, n, turned)]; },
-        [=](int64_t r, int64_t c, float x) { to[place(r, c, m, n, false)] = (double)x; });
+    const int64_t rows = it->transposed ? n : m, cols = it->transposed ? m : n;
+    each_quad(it->u, MUONSHARD_FP32, (size_t)rows, (size_t)cols, it->transposed, blockIdx.x, true,
+              [=](piece p, place_in, const quad_bits &b) {
+                  const quad q = unpack(b, MUONSHARD_FP32);
+#pragma unroll
+                  for (unsigned j = 0; j < QUAD; j++)
+                      if (j < p.count)
+                          to[p.at + j] = (double)q.x[j];
+              });
 }
 
 cudaError_t cuda_load_fp64(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
                            double *x64, cudaStream_t stream) {
     return in_order(items, count,
                     [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
-                        return launch(load_fp64_kernel, tiles_of(m, n, used), dim3(TILE, TILE_ROWS),
+                        return launch(load_fp64_kernel, blocks_of(m, n, used), dim3(THREADS),
                                       stream, list, m, n, x64 + before * (size_t)m * (size_t)n);
                     });
 }
 
+/* Items and parts from the last to the first, within a launch: momentum has written U from the
+ * first to the last, so that what comes last is still in the cache. */
+template <muonshard_dtype Dtype>
 __global__ static void store_x_kernel(const __grid_constant__ item_list<orthogonalize_item> list,
-                                      int64_t m, int64_t n, const double *factors,
-                                      muonshard_dtype dtype, char *x) {
-    const orthogonalize_item *it = &list.at[blockIdx.y];
+                                      int64_t m, int64_t n, const double *factors, char *x) {
+    const unsigned item = gridDim.y - 1 - blockIdx.y, part = gridDim.x - 1 - blockIdx.x;
+    const orthogonalize_item *it = &list.at[item];
     const size_t elements = (size_t)m * (size_t)n;
-    char *to = x + blockIdx.y * elements * (dtype == MUONSHARD_FP32 ? 4 : 2);
-    const double *factor = factors + (size_t)blockIdx.y * (size_t)m;
-    const float *u = it->u;
-    const bool turned = it->transposed;
-    through_tiles(
-        m, n, turned, false, [=](int64_t r, int64_t c) { return u[place(r, c, m, n, turned)]; },
-        [=](int64_t r, int64_t c, float value) {
-            store_element(to, dtype, place(r, c, m, n, false), (float)((double)value * factor[r]));
-        });
+    char *to = x + item * elements * (Dtype == MUONSHARD_FP32 ? 4 : 2);
+    const double *factor = factors + (size_t)item * (size_t)m;
+    const int64_t rows = it->transposed ? n : m, cols = it->transposed ? m : n;
+    each_quad(it->u, MUONSHARD_FP32, (size_t)rows, (size_t)cols, it->transposed, part,
+              is_aligned(to, Dtype), [=](piece p, place_in at, const quad_bits &b) {
+                  quad q = unpack(b, MUONSHARD_FP32);
+                  double f = factor[at.row];
+#pragma unroll
+                  for (unsigned j = 0; j < QUAD; j++)
+                      if (j < p.count) {
+                          if (j && next_place(&at, (size_t)n))
+                              f = factor[at.row];
+                          q.x[j] = (float)((double)q.x[j] * f);
+                      }
+                  store_bits(to, Dtype, p, pack(q, Dtype));
+              });
 }
+
+static void (*const store_x_kernels[])(item_list<orthogonalize_item>, int64_t, int64_t,
+                                       const double *, char *) = {
+    store_x_kernel<MUONSHARD_FP32>, store_x_kernel<MUONSHARD_BF16>, store_x_kernel<MUONSHARD_FP16>};
 
 cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
                          const double *factors, ns_dtype dtype, void *x, cudaStream_t stream) {
@@ -93,26 +159,29 @@ cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t 
     const size_t bytes = (size_t)m * (size_t)n * dtype_size(stored);
     return in_order(
         items, count, [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
-            return launch(store_x_kernel, tiles_of(m, n, used), dim3(TILE, TILE_ROWS), stream, list,
-                          m, n, factors + before * (size_t)m, stored, (char *)x + before * bytes);
+            return launch(store_x_kernels[stored], blocks_of(m, n, used), dim3(THREADS), stream,
+                          list, m, n, factors + before * (size_t)m, (char *)x + before * bytes);
         });
 }
 
+template <muonshard_dtype Wanted>
 __global__ static void give_back_kernel(const __grid_constant__ item_list<orthogonalize_item> list,
-                                        int64_t m, int64_t n, muonshard_dtype dtype, const char *x,
-                                        muonshard_dtype wanted) {
+                                        int64_t m, int64_t n, muonshard_dtype dtype,
+                                        const char *x) {
     const orthogonalize_item *it = &list.at[blockIdx.y];
     const size_t elements = (size_t)m * (size_t)n;
     const char *from = x + blockIdx.y * elements * (dtype == MUONSHARD_FP32 ? 4 : 2);
     void *out = it->out;
-    const bool turned = it->transposed;
-    through_tiles(
-        m, n, false, turned,
-        [=](int64_t r, int64_t c) { return load_element(from, dtype, place(r, c, m, n, false)); },
-        [=](int64_t r, int64_t c, float value) {
-            store_element(out, wanted, place(r, c, m, n, turned), value);
-        });
+    each_quad(from, dtype, (size_t)m, (size_t)n, it->transposed, blockIdx.x,
+              is_aligned(out, Wanted), [=](piece p, place_in, const quad_bits &b) {
+                  store_bits(out, Wanted, p, dtype == Wanted ? b : pack(unpack(b, dtype), Wanted));
+              });
 }
+
+static void (*const give_back_kernels[])(item_list<orthogonalize_item>, int64_t, int64_t,
+                                         muonshard_dtype, const char *) = {
+    give_back_kernel<MUONSHARD_FP32>, give_back_kernel<MUONSHARD_BF16>,
+    give_back_kernel<MUONSHARD_FP16>};
 
 cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
                            ns_dtype dtype, const void *x, muonshard_dtype wanted,
@@ -121,8 +190,8 @@ cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_
     const size_t bytes = (size_t)m * (size_t)n * dtype_size(stored);
     return in_order(
         items, count, [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
-            return launch(give_back_kernel, tiles_of(m, n, used), dim3(TILE, TILE_ROWS), stream,
-                          list, m, n, stored, (const char *)x + before * bytes, wanted);
+            return launch(give_back_kernels[wanted], blocks_of(m, n, used), dim3(THREADS), stream,
+                          list, m, n, stored, (const char *)x + before * bytes);
         });
 }
 

@@ -1,6 +1,6 @@
 /* cuda_sums.cu - sums, in fp64 and in an order that depends on lengths alone: of squares, of what
  * the ranks say, of the rows or columns of U. */
-#include "kernels/cuda_device.cuh"
+#include "kernels/cuda_vector.cuh"
 
 /* ---- sums of squares ---- */
 
@@ -10,7 +10,16 @@ __global__ static void squares_kernel(const __grid_constant__ item_list<sum_squa
     if (blockIdx.x >= parts_for(it->count))
         return;
     double sum = 0.0;
-    for_each(i, block_span(it->count)) sum += (double)it->x[i] * (double)it->x[i];
+    for_each_quad<4>(
+        block_span(it->count, blockIdx.x), is_aligned(it->x, MUONSHARD_FP32),
+        [&](piece p) { return load_bits(it->x, MUONSHARD_FP32, p); },
+        [&](piece p, const quad_bits &b) {
+            const quad x = unpack(b, MUONSHARD_FP32);
+#pragma unroll
+            for (unsigned j = 0; j < QUAD; j++)
+                if (j < p.count)
+                    sum += (double)x.x[j] * (double)x.x[j];
+        });
     sum = block_sum(sum);
     if (threadIdx.x == 0)
         parts[(size_t)blockIdx.y * CUDA_PARTS + blockIdx.x] = sum;

@@ -27,6 +27,19 @@ cudaError_t emulated_launch(cudaStream_t stream, dim3 grid, dim3 block, size_t p
 
 #define __syncthreads() emulated_barrier()
 
+/* Of 8 or 16 bytes; aligned, or the program ends, as a kernel would. */
+void emulated_wide_access(const void *at, size_t bytes);
+
+template <typename Type> static inline Type load_wide(const void *from) {
+    emulated_wide_access(from, sizeof(Type));
+    return *(const Type *)from;
+}
+
+template <typename Type> static inline void store_wide(Type *to, Type x) {
+    emulated_wide_access(to, sizeof(Type));
+    *to = x;
+}
+
 template <typename Type> struct plain { typedef Type type; };
 
 template <typename... Parameters>

@@ -132,6 +132,13 @@ void emulated_barrier(void) {
     running->context.to(scheduler);
 }
 
+void emulated_wide_access(const void *at, size_t bytes) {
+    if ((size_t)at % bytes) {
+        fprintf(stderr, "emulation: %zu bytes at an address that is no multiple of it\n", bytes);
+        abort();
+    }
+}
+
 /* The limits of every device there is. */
 cudaError_t emulated_launch(cudaStream_t stream, dim3 grid, dim3 block, size_t parameter_bytes,
                             std::function<void()> thread) {

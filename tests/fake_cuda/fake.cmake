@@ -51,7 +51,7 @@ function(fake_test name)
 endfunction()
 
 # The contract of the backend, and the optimizer's numbers: the host's own tests.
-foreach(name elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
+foreach(name elementwise backend_data matrix_update alignment orthogonalize_cases newton_schulz presets conventions step_rules)
   fake_test(${name})
 endforeach()
 # Symmetric products by panels, which matrices as small as these aren't worth.
@@ -127,7 +127,7 @@ function(gpu_test name)
   set_tests_properties(${name}_gpu PROPERTIES TIMEOUT 600 LABELS gpu SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT
     "LD_LIBRARY_PATH=${PROJECT_BINARY_DIR}:$ENV{LD_LIBRARY_PATH};OPENBLAS_NUM_THREADS=1;MUONSHARD_TEST_BACKEND=cuda")
 endfunction()
-foreach(name elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules)
+foreach(name elementwise backend_data matrix_update alignment orthogonalize_cases newton_schulz presets conventions step_rules)
   gpu_test(${name})
 endforeach()
 foreach(name device_mpi comm_device gpt_device trace checkpoint)
