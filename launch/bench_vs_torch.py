@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def arguments():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, help="of a round, of which the median counts; default 5, on cuda 20")
     parser.add_argument("--budget", type=float, default=0.0, help="seconds for all of it; 0: what it takes")
-    parser.add_argument("--muonshard", default=os.path.join(HERE, "build/release/launch/muonshard"))
+    parser.add_argument("--muonshard", default=shlex.quote(os.path.join(HERE, "build/release/launch/muonshard")),
+                        help="the command, as a shell would read it: 'env LD_LIBRARY_PATH=... muonshard' does")
     parser.add_argument("--model", action="append", help="a model file, or FILE:LAYERS for so many of its layers; may be repeated; "
                         "empty: none; default: " + "; ".join(f"{d}: {', '.join(m)}" for d, m in MODELS.items()))
     parser.add_argument("--shapes", help="ROWSxCOLS[xCOUNT] separated by commas (COUNT on cuda); empty: none; default: "
@@ -79,7 +81,7 @@ def run_muonshard(args, words):
     """The JSON that `muonshard WORDS -J` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "out.json")
-        command = [args.muonshard, *words, "-J", path]
+        command = [*shlex.split(args.muonshard), *words, "-J", path]
         environment = dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
         limit = max(60.0, args.budget) if args.budget else None
         try:
@@ -94,7 +96,7 @@ def run_muonshard(args, words):
 
 def bench(args, kind, extra, settings, iterations):
     """The first row of one run of `muonshard bench`."""
-    return run_muonshard(args, ["bench", kind, *extra, "-n", str(iterations), "-w", str(WARMUP), "-c", "0", *args.bench.split(),
+    return run_muonshard(args, ["bench", kind, *extra, "-n", str(iterations), "-w", str(WARMUP), "-c", "0", *shlex.split(args.bench),
                                 f"threads={args.threads}", *settings.split(), *args.overrides])["rows"][0]
 
 
@@ -262,7 +264,10 @@ def measure(torch, args, case, share, errors):
         progress(f"{case.name} {case.dtype or ''}: round {number + 1} of {args.rounds}")
         for name, step in others.steps.items():
             n = iterations_within(args, others.warm[name], share)
+            seconds_of(torch, args, step, 2)  # clocks and caches as they are in a run of steps
             found.setdefault(name, []).append(statistics.median(seconds_of(torch, args, step, n)))
+        if args.torch_device == "cuda":
+            torch.cuda.empty_cache()  # ours is another process
         for settings in args.ours:
             if settings in errors:
                 continue
