@@ -17,7 +17,8 @@
 
 static const command_option options[] = {
     {"-b", COMMAND_VALUE, false, "SIZE", "first size: bytes (K, M, G) of comm, side of ns"},
-    {"-e", COMMAND_VALUE, false, "SIZE", "last size; bytes of an array of --calibrate"},
+    {"-e", COMMAND_VALUE, false, "SIZE",
+     "last size; bytes of an array of --calibrate, and of the ceilings of a device"},
     {"-f", COMMAND_VALUE, false, "FACTOR", "from a size to the next"},
     {"-i", COMMAND_VALUE, false, "SIZE", "or the difference between sizes"},
     {"-n", COMMAND_VALUE, false, "N", "timed runs (default 20)"},
@@ -25,7 +26,13 @@ static const command_option options[] = {
     {"-c", COMMAND_VALUE, false, "0|1", "compare outcomes with the oracle (default 1)"},
     {"-J", COMMAND_VALUE, false, "FILE", "write JSON, for muonshard report"},
     {"--shapes", COMMAND_VALUE, false, "LIST",
-     "ns: ROWSxCOLS[xCOUNT] separated by commas (default 768x768,768x3072,1024x4096)"},
+     "ROWSxCOLS[xCOUNT] separated by commas; ns: default 768x768,768x3072,1024x4096; step: in "
+     "place of MODEL"},
+    {"--dtype", COMMAND_VALUE, false, "DTYPE",
+     "step with --shapes: of the parameters, fp32, bf16 or fp16 (default fp32)"},
+    {"--grad-dtype", COMMAND_VALUE, false, "DTYPE",
+     "step with --shapes: of the gradients (default: the parameters')"},
+    {"--layers", COMMAND_VALUE, false, "N", "step: only so many layers of the model"},
     {"--op", COMMAND_VALUE, false, "OP", "comm: reduce_scatter or all_gather (default both)"},
     {"--backward", COMMAND_VALUE, false, "MS",
      "step: a backward pass of so long, during which gradients become ready"},
@@ -38,9 +45,12 @@ static const command_option options[] = {
 
 static const command_usage usage = {
     .name = "bench",
-    .synopsis = "ns|comm|step [MODEL] [-b -e -f -i SIZE] [-n -w N] [-c 0|1] [-J FILE] "
-                "[key=value...]\n       muonshard bench --calibrate FILE [-n -w N] [key=value...]",
-    .doc = "Times Newton-Schulz, the collectives, or whole optimizer steps of a model file; under "
+    .synopsis =
+        "ns|comm|step [MODEL|--shapes LIST] [-b -e -f -i SIZE] [-n -w N] [-c 0|1] [-J "
+        "FILE] [key=value...]\n       muonshard bench --calibrate FILE [-n -w N] [key=value...]",
+    .doc = "Times Newton-Schulz, the collectives, or whole optimizer steps of a model file or of "
+           "shapes; "
+           "under "
            "mpirun\non every rank, of which the slowest counts. All values of the config hold, "
            "threads=N too.",
     .positional_min = 0,
@@ -68,6 +78,18 @@ static int by_size(const void *left, const void *right) {
     return (a > b) - (a < b);
 }
 
+muonshard_status bench_time_of(bench *b, double *seconds, size_t count, bench_time *time) {
+    const muonshard_status status =
+        muonshard_comm_allreduce(b->cmd->comm, seconds, count, MUONSHARD_REDUCE_MAX);
+    if (status)
+        return message_fail(b->message, status, "%s", muonshard_comm_last_error(b->cmd->comm));
+    qsort(seconds, count, sizeof *seconds, by_size);
+    *time = (bench_time){.median = (seconds[(count - 1) / 2] + seconds[count / 2]) / 2.0,
+                         .min = seconds[0],
+                         .max = seconds[count - 1]};
+    return MUONSHARD_OK;
+}
+
 muonshard_status bench_measure(bench *b, bench_run *run, void *user, bench_time *time) {
     for (int i = -b->warmup; i < b->iterations; i++) {
         TRY(bench_barrier(b));
@@ -76,16 +98,7 @@ muonshard_status bench_measure(bench *b, bench_run *run, void *user, bench_time 
         if (i >= 0)
             b->seconds[i] = command_now_s() - start;
     }
-    const size_t n = (size_t)b->iterations;
-    const muonshard_status status =
-        muonshard_comm_allreduce(b->cmd->comm, b->seconds, n, MUONSHARD_REDUCE_MAX);
-    if (status)
-        return message_fail(b->message, status, "%s", muonshard_comm_last_error(b->cmd->comm));
-    qsort(b->seconds, n, sizeof *b->seconds, by_size);
-    *time = (bench_time){.median = (b->seconds[(n - 1) / 2] + b->seconds[n / 2]) / 2.0,
-                         .min = b->seconds[0],
-                         .max = b->seconds[n - 1]};
-    return MUONSHARD_OK;
+    return bench_time_of(b, b->seconds, (size_t)b->iterations, time);
 }
 
 muonshard_status bench_sum(bench *b, double *value) {
@@ -210,11 +223,12 @@ static void print_head(const bench *b, const char *line) {
     bench_print(b, "# %s\n# %d rank%s, %d thread%s each; %s, %s kernels; %s\n", line, b->cmd->size,
                 b->cmd->size == 1 ? "" : "s", b->host->threads, b->host->threads == 1 ? "" : "s",
                 cpu, host_isa_name(host_of(b->host)->isa), blas);
-    bench_print(b,
-                "# ceilings a rank: tiles fp32 %.0f, bf16 %.0f GFLOP/s; OpenBLAS sgemm %.0f "
-                "GFLOP/s; triad %.1f, memcpy %.1f GB/s\n",
-                1e-9 * c->fp32_flops, 1e-9 * c->bf16_flops, 1e-9 * c->blas_flops,
-                1e-9 * c->triad_bytes, 1e-9 * c->memcpy_bytes);
+    if (!isnan(c->memcpy_bytes))
+        bench_print(b,
+                    "# ceilings a rank: tiles fp32 %.0f, bf16 %.0f GFLOP/s; OpenBLAS sgemm %.0f "
+                    "GFLOP/s; triad %.1f, memcpy %.1f GB/s\n",
+                    1e-9 * c->fp32_flops, 1e-9 * c->bf16_flops, 1e-9 * c->blas_flops,
+                    1e-9 * c->triad_bytes, 1e-9 * c->memcpy_bytes);
 }
 
 /* ---- options ---- */
@@ -255,6 +269,31 @@ static muonshard_status read_count(const command_args *args, const char *name, i
                : MUONSHARD_OK;
 }
 
+/* Whose steps are measured, if they are. */
+static muonshard_status read_model_options(bench *b, const command_args *args) {
+    const bool step = strcmp(b->kind, "step") == 0, has_model = args->positional_count == 2;
+    b->shapes = command_option_value(&usage, args, "--shapes");
+    b->dtype = command_option_value(&usage, args, "--dtype");
+    b->grad_dtype = command_option_value(&usage, args, "--grad-dtype");
+    int layers;
+    TRY(read_count(args, "--layers", 0, 1, 1000000, &layers, b->message));
+    b->layers = layers;
+    if (step && has_model == (b->shapes != NULL))
+        return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+                            has_model ? "step takes a model file or --shapes, and not both"
+                                      : "step needs a model file, or --shapes");
+    if (!step && has_model)
+        return message_fail(b->message, MUONSHARD_ERR_ARGUMENT, "%s takes no further argument",
+                            b->kind);
+    if ((b->dtype || b->grad_dtype) && !(step && b->shapes))
+        return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+                            "--dtype and --grad-dtype belong to step with --shapes; a model file "
+                            "has its own");
+    return layers && !has_model ? message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
+                                               "--layers belongs to step with a model file")
+                                : MUONSHARD_OK;
+}
+
 static muonshard_status read_options(bench *b, const command_args *args) {
     int check;
     TRY(read_count(args, "-n", 20, 1, 1000000, &b->iterations, b->message));
@@ -275,18 +314,23 @@ static muonshard_status read_options(bench *b, const command_args *args) {
             b->message, MUONSHARD_ERR_ARGUMENT,
             calibrates ? "--calibrate takes no kind and no model"
                        : "too few arguments: ns, comm or step is to be said, or --calibrate");
-    const bool needs_model = strcmp(b->kind, "step") == 0;
-    if (strcmp(b->kind, "ns") && strcmp(b->kind, "comm") && !needs_model && !calibrates)
+    if (strcmp(b->kind, "ns") && strcmp(b->kind, "comm") && strcmp(b->kind, "step") && !calibrates)
         return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
                             "'%s' can't be measured; ns, comm and step can", b->kind);
-    if (needs_model != (args->positional_count == 2) && !calibrates)
-        return message_fail(
-            b->message, MUONSHARD_ERR_ARGUMENT,
-            needs_model ? "step needs a model file" : "%s takes no further argument", b->kind);
+    if (!calibrates)
+        TRY(read_model_options(b, args));
     b->seconds = calloc((size_t)b->iterations, sizeof *b->seconds);
     b->rows = json_array();
     return b->seconds && b->rows ? MUONSHARD_OK
                                  : message_fail(b->message, MUONSHARD_ERR_MEMORY, "out of memory");
+}
+
+/* Where it was said that a device takes the steps, they say nothing. */
+static muonshard_status measure_ceilings(bench *b) {
+    b->ceilings = (bench_ceilings){NAN, NAN, NAN, NAN, NAN};
+    return strcmp(b->kind, "step") == 0 && b->settings->backend == BACKEND_CUDA
+               ? MUONSHARD_OK
+               : bench_ceilings_measure(b);
 }
 
 static muonshard_status open_host(bench *b) {
@@ -310,7 +354,7 @@ static muonshard_status run(bench *b, const command_args *args, const char *line
     if (machine)
         return bench_calibrate(b, machine);
     if (strcmp(b->kind, "ns") == 0)
-        TRY(bench_ns(b, command_option_value(&usage, args, "--shapes")));
+        TRY(bench_ns(b, b->shapes));
     else if (strcmp(b->kind, "comm") == 0)
         TRY(bench_comm(b, command_option_value(&usage, args, "--op")));
     else
@@ -340,12 +384,13 @@ int command_bench(int argc, char **argv) {
         status = command_agree(&cmd, read_options(&b, &args), b.message);
     }
     const bool has_model = status == MUONSHARD_OK && args.positional_count == 2;
+    const bool steps = status == MUONSHARD_OK && strcmp(b.kind, "step") == 0;
     model_file model = {0};
     if (status == MUONSHARD_OK)
         status = command_configure(&cmd, has_model ? args.positional[1] : NULL, &args,
-                                   has_model ? model_file_table : NULL,
-                                   has_model ? model_file_table_count : 0, &model);
-    const bool on_backend = has_model || (status == MUONSHARD_OK && !args.positional_count);
+                                   steps ? model_file_table : NULL,
+                                   steps ? model_file_table_count : 0, &model);
+    const bool on_backend = steps || (status == MUONSHARD_OK && !args.positional_count);
     if (status == MUONSHARD_OK && !on_backend) /* ns and comm measure the host's */
         status = command_on_host(&cmd);
     char line[1024];
@@ -357,7 +402,7 @@ int command_bench(int argc, char **argv) {
         status = command_agree(&cmd, open_host(&b), b.message);
     }
     if (status == MUONSHARD_OK)
-        status = command_agree(&cmd, bench_ceilings_measure(&b), b.message);
+        status = command_agree(&cmd, measure_ceilings(&b), b.message);
     if (status == MUONSHARD_OK)
         status = command_agree(&cmd, run(&b, &args, line), b.message);
     if (status == MUONSHARD_OK && wrong(&b) > 0.0)

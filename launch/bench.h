@@ -19,7 +19,7 @@ typedef struct bench_time {
     double median, min, max;
 } bench_time;
 
-/* Of one rank with all its threads; all ranks are measured at the same time. */
+/* Of one rank with all its threads; all ranks are measured at the same time. NaN: not measured. */
 typedef struct bench_ceilings {
     double fp32_flops, bf16_flops; /* of the innermost loop on what is in the first cache */
     double blas_flops;             /* OpenBLAS's sgemm with as many threads */
@@ -30,9 +30,11 @@ typedef struct bench_ceilings {
 typedef struct bench {
     command *cmd;
     const settings *settings;
-    backend *host;     /* own */
-    model_file *model; /* step */
-    const char *model_path;
+    backend *host;                           /* own */
+    model_file *model;                       /* step */
+    const char *model_path;                  /* or NULL, where `shapes` are the model */
+    const char *shapes, *dtype, *grad_dtype; /* borrowed, or NULL */
+    int64_t layers;                          /* of the model that are measured; 0: all */
     const char *kind;
     int iterations, warmup;
     bool check;
@@ -50,6 +52,8 @@ typedef muonshard_status bench_run(void *user);
 /* Runs warm-up and iterations, each after a barrier; of each the slowest rank counts. Collective.
  */
 muonshard_status bench_measure(bench *b, bench_run *run, void *user, bench_time *time);
+/* Of seconds[count], which get sorted, and of each the slowest rank. Collective. */
+muonshard_status bench_time_of(bench *b, double *seconds, size_t count, bench_time *time);
 /* All-gathers one byte. */
 muonshard_status bench_barrier(bench *b);
 /* *value becomes its sum over the ranks. Collective. */
@@ -57,6 +61,16 @@ muonshard_status bench_sum(bench *b, double *value);
 /* The next size of a sweep after `size`. */
 double bench_next_size(const bench *b, double size);
 muonshard_status bench_ceilings_measure(bench *b);
+
+/* Nearly normal, of mean 0 and deviation 1: the sum of four uniform numbers. `state` goes on. */
+void bench_normal(float *numbers, size_t count, uint64_t *state);
+
+/* Of --shapes. count 0: not said. */
+typedef struct bench_shape {
+    size_t rows, cols, count;
+} bench_shape;
+/* "768x3072x24" at *at, which moves behind it and a comma. ERR_ARGUMENT. */
+muonshard_status bench_read_shape(bench *b, const char **at, bench_shape *s);
 
 /* *wrong: how many elements of U [rows, cols] are further from Newton-Schulz of g [rows, cols] in
  * fp64 than the rounding of `dtype` explains. `of_any_length`: only the direction of U is known.

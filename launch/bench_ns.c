@@ -9,14 +9,10 @@
 #include "optim/coefficients.h"
 #include "optim/newton_schulz.h"
 
-typedef struct shape {
-    size_t rows, cols, count; /* count 0: one a thread */
-} shape;
-
 typedef struct ns_case {
     bench *b;
-    shape s;
-    size_t m, n; /* m <= n */
+    bench_shape s;
+    size_t m, n; /* m <= n; a matrix a thread unless s says how many */
     ns_program program;
     coefficient_row coefficients[NS_MAX_STEPS];
     float *in, *out;           /* own, [count, rows, cols] */
@@ -182,7 +178,7 @@ static muonshard_status measure(ns_case *c) {
     return add_row(c, ours, plain, wrong);
 }
 
-static muonshard_status run_shape(bench *b, shape s) {
+static muonshard_status run_shape(bench *b, bench_shape s) {
     ns_case c = {.b = b, .s = s};
     if (!c.s.count)
         c.s.count = (size_t)b->host->threads;
@@ -209,24 +205,6 @@ static muonshard_status run_shape(bench *b, shape s) {
     return status;
 }
 
-/* "768x3072x24" at *at, which moves behind it and a comma. */
-static bool read_shape(const char **at, shape *s) {
-    char *end;
-    *s = (shape){.rows = strtoul(*at, &end, 10)};
-    if (*end != 'x')
-        return false;
-    s->cols = strtoul(end + 1, &end, 10);
-    if (*end == 'x') {
-        s->count = strtoul(end + 1, &end, 10);
-        if (!s->count || s->count > 100000)
-            return false;
-    }
-    if (*end && *end != ',')
-        return false;
-    *at = *end ? end + 1 : end;
-    return s->rows && s->cols && s->rows <= 65536 && s->cols <= 262144;
-}
-
 muonshard_status bench_ns(bench *b, const char *shapes) {
     bench_print(b, "#\n# %6s %6s %5s  %-5s %-8s %11s %11s %11s %9s %6s %12s %7s %8s\n", "rows",
                 "cols", "count", "dtype", "form", "time", "min", "max", "flop rate", "share",
@@ -236,17 +214,12 @@ muonshard_status bench_ns(bench *b, const char *shapes) {
     if (b->begin > 0.0 && !shapes) {
         for (double side = b->begin; side <= fmax(b->begin, b->end);
              side = bench_next_size(b, side))
-            TRY(run_shape(b, (shape){.rows = (size_t)side, .cols = (size_t)side}));
+            TRY(run_shape(b, (bench_shape){.rows = (size_t)side, .cols = (size_t)side}));
         return MUONSHARD_OK;
     }
     for (const char *at = shapes ? shapes : "768x768,768x3072,1024x4096"; *at;) {
-        const char *before = at;
-        shape s;
-        if (!read_shape(&at, &s))
-            return message_fail(b->message, MUONSHARD_ERR_ARGUMENT,
-                                "--shapes: '%s' is not ROWSxCOLS or ROWSxCOLSxCOUNT, separated by "
-                                "commas",
-                                before);
+        bench_shape s;
+        TRY(bench_read_shape(b, &at, &s));
         TRY(run_shape(b, s));
     }
     return MUONSHARD_OK;

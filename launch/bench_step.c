@@ -8,9 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "bench.h"
 #include "bench_link.h"
-#include "optim/optimizer.h"
+#include "bench_step.h"
 
 typedef struct step_case {
     bench *b;
@@ -21,7 +20,12 @@ typedef struct step_case {
     double elements;                /* of all tensors */
     double bytes;                   /* of all parameters */
     const char *dtype;              /* theirs, or "mixed" */
+    int64_t layers;                 /* the model has, where only a part of them is measured */
     char trace[64];                 /* a file of our own */
+    bench_device_ceilings ceilings;
+    char device[sizeof((backend *)0)->device_text]; /* what took the steps, or nothing */
+    double *inside; /* own, [iterations]: seconds that muonshard_step took */
+    int calls;      /* of it so far, while steps are timed */
 } step_case;
 
 static muonshard_status failed(const step_case *c, muonshard_status status, const char *text) {
@@ -34,10 +38,10 @@ static muonshard_status failed_backend(const step_case *c, muonshard_status stat
     return failed(c, status, c->optimizer->backend->error.text);
 }
 
-/* Uniform in [-1e-3, 1e-3), the same on all ranks, whose mean it therefore is. */
+/* Nearly normal, of deviation 1e-3, the same on all ranks, whose mean it therefore is. */
 static muonshard_status fill_gradient(const step_case *c, void *grad, muonshard_dtype dtype,
                                       size_t count, uint64_t seed) {
-    enum { BLOCK = 65536 };
+    enum { BLOCK = 1 << 20 };
     backend *memory = c->optimizer->backend;
     float *block = malloc(2 * BLOCK * sizeof *block);
     muonshard_status status =
@@ -45,10 +49,9 @@ static muonshard_status fill_gradient(const step_case *c, void *grad, muonshard_
     uint64_t state = seed * 2654435761U + 1;
     for (size_t done = 0; done < count && status == MUONSHARD_OK;) {
         const size_t n = count - done < BLOCK ? count - done : BLOCK;
-        for (size_t i = 0; i < n; i++) {
-            state = state * 6364136223846793005U + 1442695040888963407U;
-            block[i] = (float)((double)(state >> 40) / 8388608e3 - 1e-3);
-        }
+        bench_normal(block, n, &state);
+        for (size_t i = 0; i < n; i++)
+            block[i] *= 1e-3F;
         dtype_store(block + BLOCK, dtype, block, n);
         const copy_item item = {(char *)grad + done * dtype_size(dtype), block + BLOCK,
                                 n * dtype_size(dtype)};
@@ -133,8 +136,11 @@ static muonshard_status run_step(void *user) {
     step_case *c = user;
     muonshard_status status = c->backward > 0.0 ? run_backward(c) : MUONSHARD_OK;
     muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
+    const double start = command_now_s();
     if (status == MUONSHARD_OK)
         status = muonshard_step(c->optimizer, NULL);
+    if (c->calls < c->b->iterations)
+        c->inside[c->calls++] = command_now_s() - start;
     if (status == MUONSHARD_OK) /* a device is waited for */
         status = muonshard_step_result(c->optimizer, 0, 1, &result);
     return failed(c, status, muonshard_last_error(c->optimizer));
@@ -299,44 +305,72 @@ static muonshard_status most_memory(const step_case *c, const muonshard_stats_in
     return MUONSHARD_OK;
 }
 
-static muonshard_status add_row(const step_case *c, bench_time time, const phases *p,
-                                const muonshard_stats_info *s, double ns_flops, double link_busy,
-                                double wrong) {
+/* What was measured of it. */
+typedef struct step_times {
+    bench_time step, host; /* muonshard_step and the wait for its outcome; the call alone */
+    phases mean;
+    double rates[OP_KIND_COUNT]; /* bench_pass_rates */
+    double ns_flops, link_busy;  /* of a step */
+} step_times;
+
+static json_t *device_json(const step_case *c) {
+    return *c->device ? json_pack("{s:s, s:o, s:o}", "name", c->device, "copy_gbs",
+                                  bench_number(1e-9 * c->ceilings.copy_bytes), "gemm_bf16_gflops",
+                                  bench_number(1e-9 * c->ceilings.dense_flops))
+                      : json_null();
+}
+
+static muonshard_status add_row(const step_case *c, const step_times *t,
+                                const muonshard_stats_info *s, double wrong) {
+    const phases *p = &t->mean;
+    const bench_time time = t->step;
     bench *b = c->b;
     const double ranks = b->cmd->size, share = (ranks - 1.0) / ranks;
     json_t *memory = NULL;
     TRY(most_memory(c, s, &memory));
     json_t *timeline = read_timeline(c->trace);
+    char name[128];
+    if (b->layers)
+        snprintf(name, sizeof name, "%s, %lld of %lld layers", b->model->name, (long long)b->layers,
+                 (long long)c->layers);
+    else
+        snprintf(name, sizeof name, "%s", b->model->name);
     const double rs = (double)s->bytes_reduced * share / time_under_way(timeline, "reduce-scatter");
     const double ag = (double)s->bytes_gathered * share / time_under_way(timeline, "all-gather");
     const double waited = p->reduce_scatter + p->all_gather;
     const double exposed = waited / time.median;
-    const double ns_rate = p->orthogonalize > 0.0 ? ns_flops / p->orthogonalize : NAN;
-    bench_print(b,
-                "  %6d %8lld %12.0f  %-5s %10.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.2f "
-                "%9.2f %9.1f %8.1f %9.2f %7s\n",
-                b->cmd->size, (long long)s->matrices, c->bytes, c->dtype, 1e6 * time.median,
-                1e6 * p->pack, 1e6 * p->reduce_scatter, 1e6 * p->momentum, 1e6 * p->orthogonalize,
-                1e6 * p->elementwise, 1e6 * p->all_gather, 1e6 * p->apply, 1e-9 * rs, 1e-9 * ag,
-                1e-9 * ns_rate, 100.0 * exposed, s->imbalance,
-                isnan(wrong)  ? "-"
-                : wrong > 0.0 ? "WRONG"
-                              : "0");
+    const double ns_rate = p->orthogonalize > 0.0 ? t->ns_flops / p->orthogonalize : NAN;
+    bench_print(
+        b,
+        "  %6d %8lld %12.0f  %-5s %10.1f %10.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.1f %9.2f "
+        "%9.2f %9.1f %8.1f %9.2f %7s\n",
+        b->cmd->size, (long long)s->matrices, c->bytes, c->dtype, 1e6 * time.median,
+        1e6 * t->host.median, 1e6 * p->pack, 1e6 * p->reduce_scatter, 1e6 * p->momentum,
+        1e6 * p->orthogonalize, 1e6 * p->elementwise, 1e6 * p->all_gather, 1e6 * p->apply,
+        1e-9 * rs, 1e-9 * ag, 1e-9 * ns_rate, 100.0 * exposed, s->imbalance,
+        isnan(wrong)  ? "-"
+        : wrong > 0.0 ? "WRONG"
+                      : "0");
+    const double link_busy = t->link_busy;
     if (link_busy > 0.0)
         bench_print(b,
                     "# the link is in use for %.1f us a step, of which %.1f us are waited for: "
                     "%.1f %%\n",
                     1e6 * link_busy, 1e6 * waited, 100.0 * waited / link_busy);
+    bench_pass_print(b, t->rates, &c->ceilings);
     return bench_add_row(
         b,
         json_pack(
-            "{s:s, s:i, s:s, s:s, s:o, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
-            "model", b->model->name, "ranks", b->cmd->size, "scaling", b->weak ? "weak" : "strong",
-            "dtype", c->dtype, "memory", memory, "matrices", (json_int_t)s->matrices, "bytes",
-            bench_number(c->bytes), "step_us", bench_time_json(time), "phases_us", phases_json(p),
-            "ns_gflops", bench_number(1e-9 * ns_rate), "rs_busbw_gbs", bench_number(1e-9 * rs),
-            "ag_busbw_gbs", bench_number(1e-9 * ag), "exposed", bench_number(exposed),
-            "link_busy_us", bench_number(link_busy > 0.0 ? 1e6 * link_busy : NAN), "imbalance",
+            "{s:s, s:i, s:s, s:s, s:o, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
+            "s:o, s:o, s:o}",
+            "model", name, "ranks", b->cmd->size, "scaling", b->weak ? "weak" : "strong", "dtype",
+            c->dtype, "memory", memory, "matrices", (json_int_t)s->matrices, "bytes",
+            bench_number(c->bytes), "step_us", bench_time_json(time), "host_us",
+            bench_time_json(t->host), "phases_us", phases_json(p), "phases_gbs",
+            bench_pass_json(t->rates), "device", device_json(c), "ns_gflops",
+            bench_number(1e-9 * ns_rate), "rs_busbw_gbs", bench_number(1e-9 * rs), "ag_busbw_gbs",
+            bench_number(1e-9 * ag), "exposed", bench_number(exposed), "link_busy_us",
+            bench_number(link_busy > 0.0 ? 1e6 * link_busy : NAN), "imbalance",
             bench_number(s->imbalance), "wrong", bench_number(wrong), "timeline", timeline));
 }
 
@@ -345,9 +379,9 @@ static muonshard_status add_row(const step_case *c, bench_time time, const phase
 static muonshard_status measure(step_case *c, bool linked) {
     bench *b = c->b;
     muonshard_stats_info before = MUONSHARD_STATS_INIT, after = MUONSHARD_STATS_INIT;
-    double wrong = NAN;
-    bench_time time;
-    phases mean;
+    double wrong = NAN, before_ops[OP_KIND_COUNT];
+    step_times t;
+    c->calls = b->iterations; /* not timed */
     TRY(run_step(c));
     if (b->check && b->settings->variance == VARIANCE_NONE)
         TRY(check_first_step(c, &wrong));
@@ -357,23 +391,32 @@ static muonshard_status measure(step_case *c, bool linked) {
     for (int i = 1; i < warmup; i++)
         TRY(run_step(c));
     muonshard_stats(c->optimizer, &before);
+    memcpy(before_ops, c->optimizer->op_seconds, sizeof before_ops);
+    c->calls = 0;
     const double busy = linked ? bench_link_busy(c->comm) : 0.0;
-    TRY(bench_measure(b, run_step, c, &time));
-    const double used = linked ? (bench_link_busy(c->comm) - busy) / b->iterations : 0.0;
+    TRY(bench_measure(b, run_step, c, &t.step));
+    t.link_busy = linked ? (bench_link_busy(c->comm) - busy) / b->iterations : 0.0;
     b->warmup = warmup;
+    TRY(bench_time_of(b, c->inside, (size_t)b->iterations, &t.host));
     muonshard_stats(c->optimizer, &after);
-    TRY(mean_phases(c, &before, &after, &mean));
-    const double flops = (after.ns_flops - before.ns_flops) / b->iterations;
+    TRY(mean_phases(c, &before, &after, &t.mean));
+    TRY(bench_pass_rates(b, c->optimizer, before_ops, t.rates));
+    t.ns_flops = (after.ns_flops - before.ns_flops) / b->iterations;
     close_optimizer(c); /* and the trace with it */
-    return add_row(c, time, &mean, &after, flops, used, wrong);
+    return add_row(c, &t, &after, wrong);
 }
 
 static muonshard_status prepare(step_case *c) {
     bench *b = c->b;
     char message[COMMAND_MESSAGE] = "";
-    const muonshard_status status = model_file_parse(b->model, b->model_path, message);
+    if (b->shapes)
+        TRY(bench_shapes_model(b));
+    const muonshard_status status =
+        model_file_parse(b->model, b->shapes ? "--shapes" : b->model_path, message);
     if (status)
         return message_fail(b->message, status, "%s", message);
+    if (b->layers)
+        TRY(model_file_layers(b->model, b->layers, &c->layers, b->message));
     if (b->model->expert_parallel > 1 || b->model->pipeline_parallel > 1)
         return message_fail(
             b->message, MUONSHARD_ERR_UNSUPPORTED,
@@ -385,8 +428,10 @@ static muonshard_status prepare(step_case *c) {
         TRY(model_file_repeat(b->model, b->cmd->size, b->message));
     c->params = calloc(b->model->tensor_count + 1, sizeof *c->params);
     c->grads = calloc(b->model->tensor_count + 1, sizeof *c->grads);
-    return c->params && c->grads ? MUONSHARD_OK
-                                 : message_fail(b->message, MUONSHARD_ERR_MEMORY, "out of memory");
+    c->inside = calloc((size_t)b->iterations, sizeof *c->inside);
+    return c->params && c->grads && c->inside
+               ? MUONSHARD_OK
+               : message_fail(b->message, MUONSHARD_ERR_MEMORY, "out of memory");
 }
 
 static muonshard_status create(step_case *c) {
@@ -408,6 +453,10 @@ static muonshard_status create(step_case *c) {
     status = muonshard_create(c->comm, config, NULL, &c->optimizer);
     if (status)
         return failed(c, status, muonshard_comm_last_error(c->comm));
+    const backend *memory = c->optimizer->backend;
+    if (memory->streams)
+        snprintf(c->device, sizeof c->device, "%s", memory->device_text);
+    TRY(bench_device_measure(b, c->optimizer, &c->ceilings));
     status = add_tensors(c);
     TRY(command_agree(b->cmd, status, b->message));
     status = muonshard_commit(c->optimizer, MUONSHARD_SYNC_CHECK);
@@ -445,12 +494,13 @@ muonshard_status bench_step(bench *b, const char *backward, const char *link) {
     TRY(bench_read_link(link, &bandwidth, &latency, b->message));
     TRY(bench_read_backward(backward, &c.backward, b->message));
     bench_print(
-        b, "#\n# %6s %8s %12s  %-5s %10s %9s %9s %9s %9s %9s %9s %9s %9s %9s %9s %8s %9s %7s\n",
-        "ranks", "matrices", "bytes", "type", "step", "pack", "rs", "momentum", "ns", "adamw", "ag",
-        "apply", "rs_busbw", "ag_busbw", "ns", "exposed", "imbalance", "#wrong");
-    bench_print(b, "# %6s %8s %12s  %-5s %10s %9s %9s %9s %9s %9s %9s %9s %9s %9s %9s %8s\n", "",
-                "", "(B)", "", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)",
-                "(GB/s)", "(GB/s)", "(GFLOP/s)", "(%)");
+        b,
+        "#\n# %6s %8s %12s  %-5s %10s %10s %9s %9s %9s %9s %9s %9s %9s %9s %9s %9s %8s %9s %7s\n",
+        "ranks", "matrices", "bytes", "type", "step", "host", "pack", "rs", "momentum", "ns",
+        "adamw", "ag", "apply", "rs_busbw", "ag_busbw", "ns", "exposed", "imbalance", "#wrong");
+    bench_print(b, "# %6s %8s %12s  %-5s %10s %10s %9s %9s %9s %9s %9s %9s %9s %9s %9s %9s %8s\n",
+                "", "", "(B)", "", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)", "(us)",
+                "(us)", "(GB/s)", "(GB/s)", "(GFLOP/s)", "(%)");
     muonshard_status status = prepare(&c);
     if (status == MUONSHARD_OK && link)
         status = failed(&c, bench_link_create(b->cmd->comm, bandwidth, latency, &c.comm),
@@ -465,5 +515,6 @@ muonshard_status bench_step(bench *b, const char *backward, const char *link) {
         muonshard_comm_destroy(c.comm);
     free(c.params);
     free(c.grads);
+    free(c.inside);
     return status;
 }

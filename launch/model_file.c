@@ -261,3 +261,18 @@ muonshard_status model_file_repeat(model_file *model, int64_t times, char *messa
     }
     return MUONSHARD_OK;
 }
+
+muonshard_status model_file_layers(model_file *model, int64_t layers, int64_t *had, char *message) {
+    *had = 0;
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->axes[i].layer && model->tensors[i].shape[0] > *had)
+            *had = model->tensors[i].shape[0];
+    if (layers > *had)
+        return message_fail(message, MUONSHARD_ERR_ARGUMENT,
+                            "%lld layers of %s can't be had: it has %lld", (long long)layers,
+                            model->name, (long long)*had);
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->axes[i].layer && model->tensors[i].shape[0] > layers)
+            model->tensors[i].shape[0] = layers;
+    return MUONSHARD_OK;
+}

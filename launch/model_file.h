@@ -49,5 +49,8 @@ bool model_file_tensor(const model_file *model, size_t index, model_part part,
 /* Every tensor `times` times over, for weak scaling. ERR_UNSUPPORTED: a tensor that is flattened,
  * or it is too large then. */
 muonshard_status model_file_repeat(model_file *model, int64_t times, char *message);
+/* Only the first `layers` of every tensor that has such an axis; *had: how many there are.
+ * ERR_ARGUMENT: no more than that. */
+muonshard_status model_file_layers(model_file *model, int64_t layers, int64_t *had, char *message);
 
 #endif

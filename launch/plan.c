@@ -382,12 +382,13 @@ static muonshard_status write_json(const plans *all, const char *path, char *mes
     for (size_t i = 0; i < all->count; i++)
         json_array_append_new(rows, row_of(&all->planner, &all->plans[i]));
     json_t *root = json_pack(
-        "{s:i, s:s, s:s, s:s, s:s, s:b, s:s, s:{s:s, s:s, s:s, s:s, s:i}, s:i, s:i, s:i, s:i, s:o}",
+        "{s:i, s:s, s:s, s:s, s:s, s:b, s:s, s:{s:s, s:s, s:s, s:s, s:i}, s:i, s:i, s:i, s:i, s:s, "
+        "s:o}",
         "schema", BENCH_SCHEMA, "kind", "step", "version", version, "date", date, "command",
         "muonshard plan", "measured", 0, "origin", m->measured ? "measured" : "datasheet",
         "machine", "host", m->name, "cpu", m->source, "kernels", "simulated", "blas", "", "cores",
         0, "ranks", all->plans[all->count - 1].ranks, "threads", 1, "iterations", 1, "warmup", 0,
-        "rows", rows);
+        "tensors", all->planner.model.tensor_lines, "rows", rows);
     if (!root)
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
     const int failed = json_dump_file(root, path, JSON_INDENT(1) | JSON_REAL_PRECISION(9));

@@ -38,8 +38,9 @@ static sim_work bucket_work_of(const sim_group *g, const op *o) {
     return work;
 }
 
-/* Updates are read by every rank, U and parameters; what is gathered as parameters is copied. */
-static sim_work apply_work_of(const sim_group *g, const batch *b) {
+/* Updates are read by every rank, U and parameters; what is gathered as parameters is copied, but
+ * for a rank's own matrices. */
+static sim_work apply_work_of(const sim_group *g, const batch *b, size_t owned) {
     sim_work work = {.pass = b->gathers_params ? PASS_COPY : PASS_APPLY};
     const bool master = registry_master(g->settings, b->dtype) == MASTER_REPLICATED;
     for (size_t i = 0; i < b->count; i++) {
@@ -48,6 +49,8 @@ static sim_work apply_work_of(const sim_group *g, const batch *b) {
                                 ? size_of(w->sent) + size_of(w->dtype)
                                 : size_of(w->sent) + 2.0 * size_of(w->dtype) + (master ? 8.0 : 0.0);
         work.bytes += filled_elements(g, w) * each;
+        if (b->gathers_params && b->kind == PLAN_MATRICES && i < owned)
+            work.bytes -= (double)w->slot * each;
     }
     return work;
 }
@@ -83,7 +86,7 @@ static muonshard_status batch_work_of(const sim_group *g, const op *o, size_t ow
             .pass = PASS_ADAM,
             .bytes = 28.0 * fmin((double)g->plan->flat_shard, (double)g->plan->flat_elements)};
         break;
-    default: *work = apply_work_of(g, b);
+    default: *work = apply_work_of(g, b, owned);
     }
     return MUONSHARD_OK;
 }

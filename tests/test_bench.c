@@ -66,6 +66,40 @@ static void test_wrong_elements_are_counted(void **state) {
     muonshard_config_destroy(config);
 }
 
+/* ---- random numbers ---- */
+
+enum { NUMBERS = 1 << 20 };
+
+/* Moments of the sum of four uniform numbers, scaled to a variance of 1: the fourth is 2.7, and
+ * nothing is beyond 2 sqrt(3). Bounds are five deviations of such a mean. */
+static void test_numbers_are_nearly_normal(void **state) {
+    (void)state;
+    float *numbers = malloc(NUMBERS * sizeof *numbers);
+    assert_non_null(numbers);
+    uint64_t key = 7;
+    bench_normal(numbers, NUMBERS, &key);
+    double mean = 0.0, second = 0.0, fourth = 0.0, next = 0.0;
+    for (size_t i = 0; i < NUMBERS; i++) {
+        const double x = (double)numbers[i];
+        assert_true(fabs(x) <= 2.0 * sqrt(3.0));
+        mean += x / NUMBERS;
+        second += x * x / NUMBERS;
+        fourth += x * x * x * x / NUMBERS;
+        next += i ? x * (double)numbers[i - 1] / NUMBERS : 0.0;
+    }
+    assert_true(fabs(mean) < 5.0 / sqrt(NUMBERS));
+    assert_true(fabs(next) < 5.0 / sqrt(NUMBERS));
+    assert_true(fabs(second - 1.0) < 5.0 * sqrt(1.7 / NUMBERS));
+    assert_true(fabs(fourth - 2.7) < 0.05);
+    /* In pieces they are the same. */
+    float pieces[100];
+    key = 7;
+    bench_normal(pieces, 33, &key);
+    bench_normal(pieces + 33, 67, &key);
+    assert_memory_equal(pieces, numbers, sizeof pieces);
+    free(numbers);
+}
+
 /* ---- the link ---- */
 
 enum { RANKS = 3, PART = 5000 };
@@ -122,6 +156,7 @@ static void test_link_takes_its_time(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_wrong_elements_are_counted),
+        cmocka_unit_test(test_numbers_are_nearly_normal),
         cmocka_unit_test(test_link_takes_its_time),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -81,12 +81,47 @@ says "step: strong" '"scaling": "strong"' step2.json
 runs "$mpiexec" --timeout 100 -n 2 "$muonshard" bench step model.yaml "${few[@]}" threads=1 --weak -J weak2.json
 says "step: weak, twice the matrices and bytes" "^ +2 +16 +$((2 * (24576 * 4 + 12288 * 2 + 6144 * 4 + 500 * 4))) +mixed .* 0$"
 says "step: weak" '"scaling": "weak"' weak2.json
+# A model of shapes: the same matrices; what was called by the host is no more than the step.
+for ranks in 1 2; do
+    runs "$mpiexec" --timeout 100 -n $ranks "$muonshard" bench step --shapes 64x96x4,96x64 --dtype bf16 --grad-dtype fp32 \
+        "${few[@]}" threads=1 -J shapes$ranks.json
+    says "step of shapes: $ranks ranks" "^ +$ranks +5 +61440 +bf16 .* 0$"
+done
+says "step of shapes: what they are" 'model: \\"64x96x4,96x64\\"' shapes1.json
+says "step of shapes: their dtypes" 'name=w0 role=matrix shape=4,64,96 dtype=bf16 grad_dtype=fp32' shapes1.json
+says "step: rates of passes" '"momentum": [0-9.]+,' shapes1.json
+says "step: no device" '"device": null' shapes1.json
+# number FILE KEY [KEY]: of the first object that has it, or of one inside it
+number() { awk -v key="\"$2\":" -v inner="\"${3-}\":" '$1 == key { if (inner == "\"\":") { print $2 + 0; exit } inside = 1 }
+    inside && $1 == inner { print $2 + 0; exit }' "$1"; }
+# holds NAME EXPRESSION: of awk
+holds() { if awk "BEGIN { exit !($2) }"; then echo "ok    $1"; else failed "$1: $2"; fi; }
+for file in shapes1.json step2.json; do
+    holds "step: the call is part of it" \
+        "0 < $(number $file host_us min) && $(number $file host_us median) <= $(number $file step_us median)"
+done
+# Gradients and momentum are read and written in fp32, 16 bytes an element, of which there are 30720 at one rank.
+gbs=$(number shapes1.json phases_gbs momentum) us=$(number shapes1.json phases_us momentum)
+holds "step: the rate of a pass" "$gbs > 0 && ($gbs * $us / (16 * 30720e-3) - 1) ^ 2 < 1e-6"
+says "step: no bytes, no rate" '"take": null' shapes1.json
+cat >layers.yaml <<'YAML'
+model: deep
+tensors:
+  - {name: w, role: matrix, shape: [4, 64, 96], axes: [layer]}
+  - {name: b, role: elementwise, shape: [4, 8], axes: [layer]}
+  - {name: e, role: elementwise, shape: [500]}
+YAML
+runs "$muonshard" bench step layers.yaml --layers 3 "${few[@]}" threads=1 -J layers.json
+says "step: some layers" "^ +1 +3 +$((4 * (3 * 6144 + 24 + 500))) +fp32 .* 0$"
+says "step: some layers, named" '"model": "deep, 3 of 4 layers"' layers.json
 # 2 ranks, the bytes of a step at 1 GB/s: busy for as long as the link says; the backward pass hides most of it.
 runs "$mpiexec" --timeout 100 -n 2 "$muonshard" bench step model.yaml "${few[@]}" threads=1 --link 0.01,100 --backward 50
 says "step: over a link" "^# the link is in use for [0-9.]+ us a step"
 [ ! -e ran ] || failed "a model's name was run"
 
 runs "$muonshard" report ns.json comm.json step1.json step2.json --out page.html
+runs "$muonshard" report shapes1.json shapes2.json --out shapes.html
+says "report: a model of shapes" "64x96x4,96x64" shapes.html
 pictures=$(grep -c '<svg' page.html)
 [ "$pictures" -eq 8 ] && echo "ok    report: a picture each" || failed "report: $pictures pictures"
 says "report: figures in the table" "<td>96</td><td>96</td><td>2</td><td class=\"text\">fp32</td>" page.html
@@ -124,6 +159,12 @@ refused "bench: an operation" 11 "--op is 'reduce'" "$muonshard" bench comm --op
 refused "bench: a size" 11 "-b is '1Q'" "$muonshard" bench comm -b 1Q
 refused "bench: a count" 11 "-n is '0'" "$muonshard" bench ns -n 0
 refused "bench: step without a model" 11 "step needs a model file" "$muonshard" bench step
+refused "bench: a model and shapes" 11 "not both" "$muonshard" bench step model.yaml --shapes 4x4
+refused "bench: a step of no shape" 11 "--shapes: '4x'" "$muonshard" bench step --shapes 4x
+refused "bench: a dtype" 11 "--dtype is 'fp8'" "$muonshard" bench step --shapes 4x4 --dtype fp8
+refused "bench: a dtype beside a model" 11 "--dtype" "$muonshard" bench step model.yaml --dtype bf16
+refused "bench: too many layers" 11 "it has 4" "$muonshard" bench step layers.yaml --layers 5
+refused "bench: layers of shapes" 11 "--layers" "$muonshard" bench step --shapes 4x4 --layers 1
 refused "bench: a part of a model" 21 "set expert_parallel=1 pipeline_parallel=1" "$muonshard" bench step model.yaml expert_parallel=2
 refused "bench: a link" 11 "--link is '0'" "$muonshard" bench step model.yaml --link 0
 refused "bench: a key" 12 "ns_stops" "$muonshard" bench ns ns_stops=4

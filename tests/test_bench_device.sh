@@ -25,10 +25,19 @@ run() { # RANKS ARGUMENT...
     "$mpiexec" --timeout 120 -n "$ranks" "$muonshard" bench "$@" backend=cuda >log 2>&1
 }
 for ranks in 1 2 3; do
-    check "steps at $ranks ranks" run $ranks step model.yaml -n 2 -w 3 -J step.json
+    check "steps at $ranks ranks" run $ranks step model.yaml -n 2 -w 3 -e 64K -J step.json
     check "they ran on the device" grep -q "backend: cuda" log
     check "they are right" grep -qE '"wrong": 0(\.0)?,' step.json
+    check "ceilings and rates of the device" grep -qE "^# passes over memory, .*: .*momentum [0-9.]+ [0-9]+ %.* product runs at [0-9]+ GFLOP/s" log
+    check "they are written, too" grep -qE '"copy_gbs": [0-9.]+,' step.json
 done
+check "steps of shapes" run 1 step --shapes 48x64x3 --dtype bf16 -n 2 -w 3 -e 64K -J step.json
+check "they are right" grep -qE '"wrong": 0(\.0)?,' step.json
+# The call only enqueues.
+median() { awk -v key="\"$1\":" '$1 == key { inside = 1 } inside && $1 == "\"median\":" { print $2 + 0; exit }' step.json; }
+check "time of the call" awk "BEGIN { exit !(0 < $(median host_us) && $(median host_us) < $(median step_us)) }"
+check "a pass of the owner's alone" grep -qE '"update": [0-9.]+' step.json
+check "nothing to copy at one rank" grep -qE '"apply": null' step.json
 check "calibration" run 2 --calibrate machine.yaml -n 1 -w 0 -e 64K
 for text in "origin: measured" "runs_on: cuda" "collectives: ring" "dtype: tf32" "name: nccl, ranks: 2"; do
     check "the machine file has $text" grep -q "$text" machine.yaml

@@ -23,7 +23,7 @@ failures=0
 for ranks in "$@"; do
     for keys in "" "ns_dtype=bf16 variance=normuon momentum_dtype=bf16" "deterministic=true ownership=balanced norm=spectral" "comm=${comm:-auto} gather=params"; do
         # shellcheck disable=SC2086 # words they are
-        "$mpiexec" --timeout 120 -n "$ranks" "$muonshard" bench step model.yaml -n 1 -w 1 -c 0 -J got.json threads=1 backend="$backend" $keys \
+        "$mpiexec" --timeout 120 -n "$ranks" "$muonshard" bench step model.yaml -n 1 -w 1 -c 0 -e 64K -J got.json threads=1 backend="$backend" $keys \
             >log 2>&1 || { cat log; exit 1; }
         # shellcheck disable=SC2086
         "$muonshard" plan model.yaml --ranks "$ranks" threads=1 backend="$backend" $keys >plan || exit 1

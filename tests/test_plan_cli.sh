@@ -160,7 +160,7 @@ awk '/^# simulated/ { on = 1 } on && NF == 18 && /^ +2 / { t = $5; w = $9 } on &
     failed "times and efficiency"
 says "where it stops" "^# scaling: "
 says "when each operation runs" "^ +[0-9]+ +orthogonalize batch 0 +compute +[-0-9]+ +[0-9.]+ +[0-9.]+  "
-for member in '"measured": false' '"schema": ' '"ranks": 4' '"kernels": "simulated"' '"timeline"'; do
+for member in '"measured": false' '"tensors": "name=' '"schema": ' '"ranks": 4' '"kernels": "simulated"' '"timeline"'; do
     grep -qF -- "$member" plan.json && echo "ok    JSON has $member" || failed "JSON: no $member"
 done
 refused "more ranks than are joined" 12 "its links join 4 ranks, not 8" small.yaml --ranks 8 --machine slow.yaml

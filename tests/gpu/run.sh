@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Everything that wants a card, in one call, on a machine with a card, gcc and nvcc and nothing else installed:
+# Everything that wants a card, in one call of less than ten minutes, on a machine with a card, gcc and nvcc and nothing else
+# installed; python3 with torch for the comparison:
 #   tests/gpu/run.sh [BUNDLE]   BUNDLE: a folder with Open MPI, cmocka, OpenBLAS, libyaml, Jansson and xxHash and an env.sh
-# Builds without cmake into build/gpu, then: whether NCCL works here at all; numbers against the fp64 oracle and the
-# host's own tests on the device's memory; NCCL and staged MPI at 1, 2 and 4 ranks on one card, to the bit; training on
-# the card beside the host, losses compared; the kernels under compute-sanitizer; torch.optim.Muon's times. The outcome
-# of each part is in build/gpu/summary. MUONSHARD_GPU_FAKE=1 builds and links only.
+# Builds without cmake into build/gpu, then, what matters most first: whether NCCL works here at all; numbers against the
+# fp64 oracle and the host's own tests on the device's memory, NCCL and staged MPI at 1, 2 and 4 ranks on one card, to the
+# bit; times beside torch.optim.Muon (launch/bench_vs_torch.py) and of whole steps; training on the card beside the host,
+# losses compared; the kernels under compute-sanitizer. Each part has a limit, and all of them MUONSHARD_GPU_BUDGET seconds
+# (570): what finds no time left says that it is skipped. What is worth keeping is in build/gpu/results: summary.txt,
+# tables and JSON, log/; where $OUT is set, a copy of it goes there after every part.
+# MUONSHARD_GPU_FAKE=1 builds and links only. MUONSHARD_GPU_TRIAL=COMMAND tries the measuring alone, of small shapes, with this
+# muonshard on a fake device (LD_LIBRARY_PATH leads to it) and torch on the CPU: for what is wrong with this script.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 if [ -n "${1-}" ]; then
@@ -13,11 +18,21 @@ if [ -n "${1-}" ]; then
 fi
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-out=build/gpu
-mkdir -p $out/obj $out/log
-: >$out/summary
+out=build/gpu results=build/gpu/results
+budget=${MUONSHARD_GPU_BUDGET:-570} trial=${MUONSHARD_GPU_TRIAL-} python=${PYTHON:-python3}
+rm -rf $results
+mkdir -p $out/obj $results/log
+summary=$results/summary.txt
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OPENBLAS_NUM_THREADS=1
-export LD_LIBRARY_PATH=$PWD/$out:$cuda/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+# torch brings libraries of its own: the path it is started with is the one there was.
+paths=${LD_LIBRARY_PATH-}
+[ -z "$trial" ] && export LD_LIBRARY_PATH=$PWD/$out${paths:+:$paths}:$cuda/lib64
+
+keep() { if [ -n "${OUT-}" ]; then cp -r $results/. "$OUT"/; fi; }
+trap keep EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+say() { echo "$*" | tee -a $summary; }
 
 mpi_flags=$(mpicc --showme:compile 2>/dev/null || echo)
 mpi_libs=$(mpicc --showme:link 2>/dev/null || echo -lmpi)
@@ -26,58 +41,76 @@ flags="-std=c17 -O2 -g -fPIC -D_POSIX_C_SOURCE=200809L -ffp-contract=off -fno-ma
     -Itests -isystem $cuda/include $mpi_flags $blas"
 archs="-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80
     -gencode=arch=compute_90,code=compute_90"
+export out results cuda flags archs python paths
 
-# part NAME COMMAND...: its output to a log, its outcome to the summary
+# part NAME LIMIT COMMAND...: its output to a log, its outcome to the summary; no longer than LIMIT seconds, nor than there are left.
+# COMMAND may be a function of this file. What has run doesn't run again; `reserved` seconds are for what comes later.
+reserved=0
+declare -A ran
 part() {
-    local name=$1 from=$SECONDS
-    shift
-    if "$@" >$out/log/"$name" 2>&1; then
-        printf 'ok    %4d s  %s  %s\n' $((SECONDS - from)) "$name" "$(tail -n 1 $out/log/"$name")" | tee -a $out/summary
-    else
-        printf 'FAIL  %4d s  %s\n' $((SECONDS - from)) "$name" | tee -a $out/summary
-        tail -n 25 $out/log/"$name" | sed 's/^/    /'
+    local name=$1 limit=$2 from=$SECONDS left=$((budget - reserved - SECONDS)) outcome
+    shift 2
+    [ -n "${ran[$name]-}" ] && return
+    if [ $left -lt $((reserved > 0 ? limit : 10)) ]; then
+        [ $reserved -gt 0 ] || say "SKIPPED        $name: the budget of $budget s is used up"
+        return
     fi
+    ran[$name]=yes
+    # shellcheck disable=SC2016 # it is the other shell's
+    timeout -k 5 $((limit < left ? limit : left)) bash -c '"$@"' _ "$@" </dev/null >$results/log/"$name".txt 2>&1
+    outcome=$?
+    if [ $outcome -eq 0 ]; then
+        say "$(printf 'ok    %4d s  %s  %s' $((SECONDS - from)) "$name" "$(tail -n 1 $results/log/"$name".txt)")"
+    else
+        [ $outcome -eq 124 ] && name="$name: stopped at its limit"
+        say "$(printf 'FAIL  %4d s  %s' $((SECONDS - from)) "$name")"
+        tail -n 25 $results/log/"${name%%:*}".txt | sed 's/^/    /'
+    fi
+    keep
 }
 
-# compile FILE...: prints the objects
-compile() {
-    local file object
-    for file in "$@"; do
-        object=$out/obj/$(tr / _ <<<"$file").o
-        # shellcheck disable=SC2086 # words they are
-        case $file in
-        *.cu) nvcc -std=c++17 -O3 -fmad=false $archs -Xptxas -v -Xcompiler=-fPIC -Iinclude -Isrc -Ilaunch/gpt -c "$file" -o "$object" 2>"$object.ptxas" || return ;;
-        *) gcc $flags -c "$file" -o "$object" || return ;;
-        esac
-        echo "$object"
-    done
+object_of() { echo "$out/obj/$(tr / _ <<<"$1").o"; }
+compile_one() {
+    local object
+    object=$(object_of "$1")
+    # shellcheck disable=SC2086 # words they are
+    case $1 in
+    *.cu) nvcc -std=c++17 -O3 -fmad=false $archs -Xptxas -v -Xcompiler=-fPIC -Iinclude -Isrc -Ilaunch/gpt -c "$1" -o "$object" 2>"$object.ptxas" ||
+        { cat "$object.ptxas"; return 1; } ;;
+    *) gcc $flags -c "$1" -o "$object" ;;
+    esac
 }
+objects() { local file; for file in "$@"; do object_of "$file"; done; }
+export -f compile_one object_of
 
+tests="elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules
+    device_mpi comm_device trace gpt_device checkpoint"
+# shellcheck disable=SC2010,SC2016,SC2046,SC2086 # words they are
 build() {
-    local host core kernels gpt name more libs
+    local host core kernels alone gpt gpt_kernels command fixtures name libs
     host="$(ls src/kernels/*.c | grep -v kernels/cuda) src/kernels/cuda_layout.c"
-    # shellcheck disable=SC2046,SC2086 # words they are
-    {
-        core=$(compile src/*.c src/optim/*.c src/comm/comm.c src/comm/self.c src/comm/callbacks.c src/comm/nccl_open.c \
-            src/comm/mpi.c src/comm/mpi_positions.c $host) || return
-        kernels=$(compile src/kernels/cuda*.c src/kernels/cuda*.cu src/comm/nccl.c) || return
-        nvcc -shared -o $out/libmuonshard_cuda.so.0.1 $kernels $(compile src/comm/comm.c src/status.c src/dtype.c src/kernels/program.c) \
-            -lcublasLt -lnccl -Xcompiler=-fPIC || return
-        if [ -f launch/gpt/gpt_cuda.c ]; then
-            nvcc -shared -o $out/libmuonshard_gpt_cuda.so.0.1 $(compile launch/gpt/gpt_cuda*.c launch/gpt/gpt_cuda*.cu) -lcublasLt || return
-        fi
-        libs="$mpi_libs -lopenblas -lyaml -lxxhash -ljansson -lcmocka -lpthread -ldl -lm"
-        more=$(compile tests/oracle.c tests/oracle_optimizer.c tests/oracle_pair.c tests/ns_fixture.c tests/mirror_backend.c \
-            tests/elementwise_fixture.c tests/device_images.c tests/step_rig.c tests/ranks_fixture.c tests/checkpoint_fixture.c tests/comm_threads.c tests/comm_contract.c) || return
-        ar rcs $out/libtests.a $more && ar rcs $out/libcore.a $core || return
-        gpt=$(compile $(ls launch/gpt/*.c | grep -v gpt_cuda)) || return
-        ar rcs $out/libgpt.a $gpt || return
-        for name in elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules \
-            device_mpi comm_device trace gpt_device checkpoint; do
-            gcc -o $out/test_$name $(compile tests/test_$name.c) $out/libtests.a $out/libgpt.a $out/libcore.a $libs || return
-        done
-        gcc -o $out/muonshard $(compile launch/*.c $(ls launch/gpt/*.c | grep -v gpt_cuda)) $out/libcore.a $libs || return
-    }
+    core="$(ls src/*.c src/optim/*.c) src/comm/comm.c src/comm/self.c src/comm/callbacks.c src/comm/nccl_open.c src/comm/mpi.c
+        src/comm/mpi_positions.c $host"
+    kernels="$(ls src/kernels/cuda*.c src/kernels/cuda*.cu) src/comm/nccl.c"
+    alone="src/comm/comm.c src/status.c src/dtype.c src/kernels/program.c"
+    gpt=$(ls launch/gpt/*.c | grep -v gpt_cuda)
+    gpt_kernels=$(ls launch/gpt/gpt_cuda*.c launch/gpt/gpt_cuda*.cu)
+    command=$(ls launch/*.c)
+    fixtures=$(printf 'tests/%s.c ' oracle oracle_optimizer oracle_pair ns_fixture mirror_backend elementwise_fixture device_images \
+        step_rig ranks_fixture checkpoint_fixture comm_threads comm_contract)
+    libs="$mpi_libs -lopenblas -lyaml -lxxhash -ljansson -lcmocka -lpthread -ldl -lm"
+    rm -f $out/obj/*.ptxas
+    # What takes longest first.
+    printf '%s\n' $kernels $gpt_kernels $core $alone $gpt $command $fixtures $(printf 'tests/test_%s.c ' $tests) | awk '!seen[$0]++' |
+        xargs -P "$(nproc)" -n 1 bash -c 'compile_one "$1"' _ || return
+    nvcc -shared -o $out/libmuonshard_cuda.so.0.1 $(objects $kernels $alone) -lcublasLt -lnccl -Xcompiler=-fPIC || return
+    nvcc -shared -o $out/libmuonshard_gpt_cuda.so.0.1 $(objects $gpt_kernels) -lcublasLt || return
+    rm -f $out/lib*.a
+    ar rcs $out/libtests.a $(objects $fixtures) && ar rcs $out/libcore.a $(objects $core) && ar rcs $out/libgpt.a $(objects $gpt) || return
+    gcc -o $out/muonshard $(objects $command $gpt) $out/libcore.a $libs || return
+    for name in $tests; do
+        echo "$name"
+    done | xargs -P "$(nproc)" -I NAME sh -c "gcc -o $out/test_NAME $(object_of tests/test_NAME.c) $out/libtests.a $out/libgpt.a $out/libcore.a $(tr '\n' ' ' <<<"$libs")" || return
     grep -hE 'spill|registers' $out/obj/*.ptxas | sort | uniq -c | sort -rn | head -n 40
     if grep -hE '[1-9][0-9]* bytes spill' $out/obj/*.ptxas; then
         echo "a kernel spills registers"
@@ -117,74 +150,126 @@ continued() {
             train.eval_every=5 data.files='docs/*.md' $keys --resume auto || return
     grep -q resumed_after $out/train-continued.jsonl && diff <(losses $out/train-cuda.jsonl) <(losses $out/train-continued.jsonl)
 }
-# Not of this project, for comparison: a step of torch.optim.Muon in bf16, by shape.
-torch_muon() {
-    python3 - <<'EOF'
-import statistics, time, torch
-for count, rows, cols in ((48, 768, 768), (24, 768, 3072), (1, 4096, 4096), (1, 4096, 14336), (24, 2048, 7168)):
-    params = [torch.nn.Parameter(torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)) for _ in range(count)]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    optimizer, times = torch.optim.Muon(params, lr=1e-3), []
-    for step in range(13):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        optimizer.step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    print(f"torch {torch.__version__} Muon, {count} x {rows} x {cols}, bf16: median {1e3 * statistics.median(times[3:]):.3f} ms")
-    del params, optimizer
-EOF
+
+# ---- measuring ----
+
+# Whole steps; wrong results make the exit code. The timeline of the last step is in the JSON.
+bench_step() { # NAME ARGUMENT...
+    local name=$1
+    shift
+    "$muonshard" bench step "$@" backend=cuda preset=torch -J "$results/step-$name.json" >"$results/step-$name.txt" || return
+    tail -n 2 "$results/step-$name.txt"
+}
+bench_shared() { ranks_on_card 2 "$muonshard" bench step "$@" backend=cuda share_gpu=true preset=torch -n 3 -J "$results/step-shared-2.json"; }
+vs_torch() { # NAME SECONDS ARGUMENT...
+    local name=$1 seconds=$2 own_paths=$LD_LIBRARY_PATH
+    shift 2
+    LD_LIBRARY_PATH=$paths "$python" launch/bench_vs_torch.py --device cuda \
+        --muonshard "env LD_LIBRARY_PATH='$own_paths' '$muonshard'" --budget "$seconds" --json "$results/$name.json" "$@" \
+        >"$results/$name.txt" || return
+    echo "in $results/$name.txt"
+}
+has_torch() {
+    LD_LIBRARY_PATH=$paths "$python" -c 'import sys, torch; sys.exit(not ((sys.argv[1:] or torch.cuda.is_available()) and hasattr(torch.optim, "Muon")))' \
+        ${trial:+trial} 2>/dev/null
+}
+# Words that are others in a trial.
+# shellcheck disable=SC2054 # a list is one word
+if [ -n "$trial" ]; then
+    torch_words=(--torch-device cpu --shapes 48x48x4,32x64 --model '' --iterations 3 --rounds 1 --bench "-e 64K")
+    step_words=(--shapes 48x48x4,32x64 -e 64K) shared_words=("${step_words[@]}") bytes=64K
+else
+    torch_words=() step_words=(configs/models/gpt2-124m.yaml) shared_words=(--shapes 768x768x6,768x3072x3) bytes=256M
+fi
+muonshard=${trial:-$out/muonshard}
+export muonshard
+export -f build objects on_card ranks_on_card train losses same_losses continued bench_step bench_shared vs_torch
+export mpi_libs tests
+
+times() {
+    if has_torch; then
+        part vs_torch 270 vs_torch vs_torch 170 "${torch_words[@]}"
+        [ -f $results/vs_torch.txt ] && cat $results/vs_torch.txt | tee -a $summary
+    else
+        say "SKIPPED        vs_torch: no torch with torch.optim.Muon and CUDA"
+    fi
+    part step_gpt2 60 bench_step gpt2 "${step_words[@]}"
+    part step_gpt2_auto 60 bench_step gpt2-auto "${step_words[@]}" -c 0 ns_form=auto
+    [ "$nccl" = yes ] && part step_shared_2 60 bench_shared "${shared_words[@]}"
+    part calibrate 60 "$muonshard" bench --calibrate $results/machine.yaml -n 5 -w 1 -e $bytes backend=cuda
+    if has_torch; then
+        part vs_torch_bf16 120 vs_torch vs_torch_bf16 60 "${torch_words[@]}" --dtype bf16 --model '' --ours preset=torch
+        [ -f $results/vs_torch_bf16.txt ] && cat $results/vs_torch_bf16.txt | tee -a $summary
+    fi
+}
+correct() {
+    for name in elementwise backend_data matrix_update newton_schulz orthogonalize_cases presets conventions step_rules; do
+        part test_$name 90 on_card $out/test_$name
+    done
+    if [ $nccl = yes ]; then
+        for n in 1 2; do
+            part nccl_and_mpi_np$n 90 ranks_on_card $n $out/test_device_mpi
+        done
+        MUONSHARD_TEST_ONLY='test_sums_of_integers' part integers_np4 60 ranks_on_card 4 $out/test_device_mpi
+        # Its ranks are threads, and NCCL takes no two ranks of one process on one device: as many as there are devices.
+        MUONSHARD_TEST_RANKS=$(nvidia-smi -L | wc -l) part test_comm_device 60 on_card $out/test_comm_device
+    fi
+    # Likewise threads, on one device: NCCL refuses them, and what is traced goes through memory of the host.
+    MUONSHARD_TEST_SHARE=1 part test_trace 60 on_card $out/test_trace
+    MUONSHARD_TEST_SHARE=1 MUONSHARD_TEST_ONLY=same_ranks part test_checkpoint 60 on_card $out/test_checkpoint
+    part test_gpt_device 60 on_card $out/test_gpt_device
+}
+finish() {
+    say "$(grep -c '^ok' $summary) parts ok, $(grep -c '^FAIL' $summary) failed, $(grep -c '^SKIPPED' $summary) skipped, $SECONDS s"
+    grep -q '^FAIL' $summary && exit 1
+    exit "${1:-0}"
 }
 
-part build build
+card=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total,power.limit --format=csv,noheader 2>/dev/null | head -n 1)
+say "# $(date -u +%Y-%m-%dT%H:%M:%SZ) tests/gpu/run.sh $*; commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown); $(nproc) cores; ${card:-no card}"
+nccl=yes
+if [ -n "$trial" ]; then
+    times
+    finish
+fi
+# The card's own instructions are enough for it.
+[ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)" = 9.0 ] && archs="-gencode=arch=compute_90a,code=sm_90a"
+# shellcheck disable=SC2034 # compile_one has it
+part build "$budget" build
 if [ -n "${MUONSHARD_GPU_FAKE-}" ] || [ ! -e /dev/nvidiactl ]; then
-    echo "SKIPPED: no NVIDIA device: built and linked, nothing ran" | tee -a $out/summary
-    grep -q '^FAIL' $out/summary && exit 1
-    exit 77
+    say "SKIPPED: no NVIDIA device: built and linked, nothing ran"
+    finish 77
 fi
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.total --format=csv,noheader | tee -a $out/summary
-part info $out/muonshard info
-MUONSHARD_TEST_ONLY='test_smoke' part nccl_smoke ranks_on_card 2 $out/test_device_mpi
-if grep -q '^FAIL .*nccl_smoke' $out/summary; then
-    echo "NCCL does not work between two ranks on this card: the rest is not run" | tee -a $out/summary
-    exit 1
+if grep -q '^FAIL' $summary; then
+    finish
 fi
-for name in elementwise backend_data matrix_update newton_schulz orthogonalize_cases presets conventions step_rules; do
-    part test_$name on_card $out/test_$name
+part info 30 $out/muonshard info
+MUONSHARD_TEST_ONLY='test_smoke' part nccl_smoke 60 ranks_on_card 2 $out/test_device_mpi
+if grep -q '^FAIL .*nccl_smoke' $summary; then
+    say "NCCL does not work between two ranks on this card: what needs it is not run"
+    nccl=no
+fi
+# Slow tests don't keep times from being taken; they come after them.
+reserved=$((budget / 2))
+correct
+reserved=0
+times
+correct
+for backend in host cuda; do
+    part train_$backend 60 train $backend
 done
-for n in 1 2; do
-    part nccl_and_mpi_np$n ranks_on_card $n $out/test_device_mpi
-done
-MUONSHARD_TEST_ONLY='test_sums_of_integers' part integers_np4 ranks_on_card 4 $out/test_device_mpi
-# Its ranks are threads, and NCCL takes no two ranks of one process on one device: as many as there are devices.
-MUONSHARD_TEST_RANKS=$(nvidia-smi -L | wc -l) part test_comm_device on_card $out/test_comm_device
-# Likewise threads, on one device: NCCL refuses them, and what is traced goes through memory of the host.
-MUONSHARD_TEST_SHARE=1 part test_trace on_card $out/test_trace
-MUONSHARD_TEST_SHARE=1 MUONSHARD_TEST_ONLY=same_ranks part test_checkpoint on_card $out/test_checkpoint
-part test_gpt_device on_card $out/test_gpt_device
+part same_losses 10 same_losses
+part continued 60 continued
 if command -v compute-sanitizer >/dev/null; then
     for name in elementwise backend_data matrix_update newton_schulz gpt_device; do
-        part sanitizer_$name on_card compute-sanitizer --error-exitcode 9 $out/test_$name
+        part sanitizer_$name 90 on_card compute-sanitizer --error-exitcode 9 $out/test_$name
     done
     for tool in initcheck racecheck; do
         for name in newton_schulz gpt_device; do
-            part ${tool}_$name on_card compute-sanitizer --tool $tool --error-exitcode 9 $out/test_$name
+            part ${tool}_$name 90 on_card compute-sanitizer --tool $tool --error-exitcode 9 $out/test_$name
         done
     done
 else
-    echo "SKIPPED: compute-sanitizer is not there" | tee -a $out/summary
+    say "SKIPPED        compute-sanitizer is not there"
 fi
-for backend in host cuda; do
-    part train_$backend train $backend
-done
-part same_losses same_losses
-part continued continued
-if python3 -c 'import sys, torch; sys.exit(not (torch.cuda.is_available() and hasattr(torch.optim, "Muon")))' 2>/dev/null; then
-    part torch_muon torch_muon
-    cat $out/log/torch_muon >>$out/summary
-else
-    echo "SKIPPED: no torch with CUDA and torch.optim.Muon" | tee -a $out/summary
-fi
-grep -q '^FAIL' $out/summary && exit 1
-exit 0
+finish
