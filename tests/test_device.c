@@ -170,11 +170,16 @@ static void test_only_what_is_needed_is_waited_for(void **state) {
         "{bucket_bytes: 1500, batch_bytes: 1500, deterministic: true}"};
     for (size_t y = 0; y < sizeof yamls / sizeof yamls[0]; y++) {
         const rig_case setup = few_case(yamls[y]);
-        outcome out = {.setup = {&setup}, .between = look_at_overlap};
-        /* One rank: another one's device may be further, and takes this one's along. */
-        assert_int_equal(threads_run(1, ranks_run, &out), MUONSHARD_OK);
-        assert_int_equal(out.status[0], MUONSHARD_OK);
-        assert_true(out.number[0] >= 102.0); /* two gathers, and the last reduce-scatter */
+        bool overlap =
+            false; /* the other rank's device may be further, and take this one's along */
+        for (int attempt = 0; attempt < 10 && !overlap; attempt++) {
+            outcome out = {.setup = {&setup}, .between = look_at_overlap};
+            assert_int_equal(threads_run(2, ranks_run, &out), MUONSHARD_OK);
+            overlap = out.status[0] == MUONSHARD_OK && out.status[1] == MUONSHARD_OK;
+            for (int r = 0; r < 2; r++) /* two gathers, and the last reduce-scatter */
+                assert_true(out.status[r] || out.number[r] >= 102.0);
+        }
+        assert_true(overlap);
     }
 }
 
@@ -321,6 +326,62 @@ static void test_commit_is_in_order_with_the_callers_stream(void **state) {
             }
 }
 
+/* ---- what a step costs the host ---- */
+
+/* GPT-2 124M with sides of a sixteenth: what is cut by bytes is cut alike. */
+static const rig_tensor gpt2[] = {
+    {RIG_TENSOR("wte", MUONSHARD_ROLE_ELEMENTWISE, 2, 3142, 48)},
+    {RIG_TENSOR("wpe", MUONSHARD_ROLE_ELEMENTWISE, 2, 64, 48)},
+    {RIG_TENSOR("ln1w", MUONSHARD_ROLE_ELEMENTWISE, 2, 12, 48)},
+    {RIG_TENSOR("ln1b", MUONSHARD_ROLE_ELEMENTWISE, 2, 12, 48)},
+    {RIG_TENSOR("qkvw", MUONSHARD_ROLE_MATRIX, 3, 12, 144, 48), .split_count = 3,
+     .splits = {48, 48, 48}},
+    {RIG_TENSOR("qkvb", MUONSHARD_ROLE_ELEMENTWISE, 2, 12, 144)},
+    {RIG_TENSOR("attprojw", MUONSHARD_ROLE_MATRIX, 3, 12, 48, 48)},
+    {RIG_TENSOR("attprojb", MUONSHARD_ROLE_ELEMENTWISE, 2, 12, 48)},
+    {RIG_TENSOR("ln2w", MUONSHARD_ROLE_ELEMENTWISE, 2, 12, 48)},
+    {RIG_TENSOR("ln2b", MUONSHARD_ROLE_ELEMENTWISE, 2, 12, 48)},
+    {RIG_TENSOR("fcw", MUONSHARD_ROLE_MATRIX, 3, 12, 192, 48)},
+    {RIG_TENSOR("fcb", MUONSHARD_ROLE_ELEMENTWISE, 2, 12, 192)},
+    {RIG_TENSOR("fcprojw", MUONSHARD_ROLE_MATRIX, 3, 12, 48, 192)},
+    {RIG_TENSOR("fcprojb", MUONSHARD_ROLE_ELEMENTWISE, 2, 12, 48)},
+    {RIG_TENSOR("lnfw", MUONSHARD_ROLE_ELEMENTWISE, 1, 48)},
+    {RIG_TENSOR("lnfb", MUONSHARD_ROLE_ELEMENTWISE, 1, 48)},
+};
+
+/* Of the runtime's calls, those of the latest step, which is replayed. */
+static void count_calls(rig *r, outcome *out) {
+    for (int s = 0; s < 5 && r->status == MUONSHARD_OK; s++) {
+        rig_gradients(r);
+        threads_barrier(r->comm);
+        const long before = fake.calls();
+        threads_barrier(r->comm);
+        r->status = muonshard_step(r->optimizer, NULL);
+        threads_barrier(r->comm);
+        out->number[r->comm->rank] = (double)(fake.calls() - before) / r->comm->size;
+
+        threads_barrier(r->comm);
+        muonshard_step_result_info result = MUONSHARD_STEP_RESULT_INIT;
+        if (r->status == MUONSHARD_OK)
+            r->status = muonshard_step_result(r->optimizer, 0, 1, &result);
+    }
+}
+
+static void test_calls_of_a_step(void **state) {
+    (void)state;
+    const rig_case setup = {.tensors = gpt2,
+                            .count = sizeof gpt2 / sizeof gpt2[0],
+                            .yaml = "{bucket_bytes: 102400, batch_bytes: 1048576}",
+                            .steps = 5};
+    for (int n = 1; n <= 4; n++) {
+        outcome out = {.setup = {&setup}, .between = count_calls};
+        assert_int_equal(threads_run(n, ranks_run, &out), MUONSHARD_OK);
+        for (int r = 0; r < n; r++)
+            assert_true(out.status[r] == MUONSHARD_OK && out.number[r] > 0.0 &&
+                        out.number[r] <= (n == 1 ? 40.0 : 220.0));
+    }
+}
+
 /* ---- updates are where they are gathered ---- */
 
 /* Counts matrices whose U does not lie in this rank's place of its all-gather. */
@@ -350,7 +411,7 @@ static void look_at_places(rig *r, outcome *out) {
 static void test_updates_are_gathered_in_place(void **state) {
     (void)state;
     const rig_case setup = few_case("gather: updates");
-    for (int n = 1; n <= 3; n++) {
+    for (int n = 2; n <= 3; n++) {
         outcome out = {.setup = {&setup}, .between = look_at_places};
         assert_int_equal(threads_run(n, ranks_run, &out), MUONSHARD_OK);
         for (int r = 0; r < n; r++)
@@ -438,6 +499,7 @@ int main(void) {
         cmocka_unit_test(test_graphs_take_each_steps_values),
         cmocka_unit_test(test_only_what_is_needed_is_waited_for),
         cmocka_unit_test(test_the_callers_stream),
+        cmocka_unit_test(test_calls_of_a_step),
         cmocka_unit_test(test_updates_are_gathered_in_place),
         cmocka_unit_test(test_commit_is_in_order_with_the_callers_stream),
         cmocka_unit_test(test_an_adopted_communicator),
