@@ -194,6 +194,7 @@ static void test_other_files_are_refused(void **state) {
     expect(yaml_of("wrong", ""), other);
     write_file("wrong", "", 0);
     expect(yaml_of("wrong", ""), other);
+    expect(yaml_of("right", ", gemm_choice: measured"), other); /* not what the file was made by */
     for (size_t short_by = 1; short_by < 60; short_by++) { /* the last line, cut */
         write_file("wrong", right, length - short_by);
         expect(yaml_of("wrong", ""), cut);

@@ -13,7 +13,8 @@ enum { WORDS = sizeof(cublasLtMatmulAlgo_t) / sizeof(uint64_t) };
 _Static_assert(sizeof(gemm_key) == KEY_NUMBERS * sizeof(int64_t), "a key is int64_t throughout");
 
 static int head(const backend *self, char *text, size_t size) {
-    return snprintf(text, size, "muonshard gemm table 1, cuBLASLt %zu, %s\n", cublasLtGetVersion(),
+    return snprintf(text, size, "muonshard gemm table 1, %s, cuBLASLt %zu, %s\n",
+                    cuda_of(self)->measures_gemms ? "measured" : "proposed", cublasLtGetVersion(),
                     cuda_of(self)->model);
 }
 
@@ -63,11 +64,12 @@ static bool parse(const char *text, const char *end, gemm_choice *c) {
     return after == end;
 }
 
-static bool is_known(const gemm_table *table, const gemm_key *key) {
-    for (size_t i = 0; table && i < table->count; i++)
-        if (memcmp(&table->choices[i].key, key, sizeof *key) == 0)
-            return true;
-    return false;
+/* Where the product is in the table; at its end: nowhere. */
+static size_t find(const gemm_table *table, const gemm_key *key) {
+    size_t i = 0;
+    while (i < table->count && memcmp(&table->choices[i].key, key, sizeof *key) != 0)
+        i++;
+    return i;
 }
 
 static bool is_usable(cublasLtHandle_t blas, gemm_choice *c) {
@@ -88,6 +90,8 @@ muonshard_status gemm_table_read(backend *self, const char *text) {
     FAIL_IF(strncmp(text, wanted, length) != 0, &self->error, MUONSHARD_ERR_CONFIG,
             "begins with \"%.*s\"; this is \"%.*s\"", (int)strcspn(text, "\n"), text,
             (int)length - 1, wanted);
+    /* What was chosen before stays. */
+    const size_t before = impl->gemms ? impl->gemms->count : 0;
     int number = 2;
     for (text += length; *text; number++) {
         const char *end = text + strcspn(text, "\n");
@@ -95,7 +99,11 @@ muonshard_status gemm_table_read(backend *self, const char *text) {
         FAIL_IF(!c, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
         FAIL_IF(!parse(text, end, c) || *end != '\n', &self->error, MUONSHARD_ERR_CONFIG,
                 "line %d is not a product", number);
-        FAIL_IF(is_known(impl->gemms, &c->key), &self->error, MUONSHARD_ERR_CONFIG,
+        const size_t known = find(impl->gemms, &c->key);
+        text = end + 1;
+        if (known < before)
+            continue;
+        FAIL_IF(known < impl->gemms->count, &self->error, MUONSHARD_ERR_CONFIG,
                 "line %d has the product of a line before", number);
         if (!is_usable(impl->blas, c)) {
             gemm_free_choice(c);
@@ -103,7 +111,6 @@ muonshard_status gemm_table_read(backend *self, const char *text) {
                         "line %d: cuBLASLt does not take this algorithm for this product", number);
         }
         impl->gemms->count++;
-        text = end + 1;
     }
     return MUONSHARD_OK;
 }

@@ -83,7 +83,7 @@ compile_one() {
 objects() { local file; for file in "$@"; do object_of "$file"; done; }
 export -f compile_one object_of
 
-tests="elementwise backend_data matrix_update orthogonalize_cases newton_schulz presets conventions step_rules
+tests="elementwise backend_data matrix_update alignment orthogonalize_cases newton_schulz presets conventions step_rules
     device_mpi comm_device trace gpt_device checkpoint"
 # shellcheck disable=SC2010,SC2016,SC2046,SC2086 # words they are
 build() {
@@ -160,6 +160,25 @@ bench_step() { # NAME ARGUMENT...
     "$muonshard" bench step "$@" backend=cuda preset=torch -J "$results/step-$name.json" >"$results/step-$name.txt" || return
     tail -n 2 "$results/step-$name.txt"
 }
+# What is set by a model or left to cuBLASLt, beside what else it might be: median of whole steps, us.
+choices() { # SHAPES... WORDS: from "--" on they go to every run
+    local shapes=() keys label shape median
+    : >"$results/choices.txt"
+    while [ "$1" != -- ]; do shapes+=("$1") && shift; done
+    shift
+    for keys in "" "gemm_choice=measured gemm_table=$results/gemm-table" symmetric_panels=1 symmetric_panels=4 \
+        batch_bytes=33554432 batch_bytes=1073741824 cuda_graphs=false; do
+        label=${keys:-as it is}
+        for shape in "${shapes[@]}"; do
+            # shellcheck disable=SC2086 # words they are
+            "$muonshard" bench step --shapes "$shape" -n 9 -w 3 -c 0 "$@" backend=cuda preset=torch $keys \
+                -J "$results/choice.json" >/dev/null || return
+            median=$(sed -n 's/.*"step_us": *{"median": *\([0-9.]*\).*/\1/p; /"step_us"/,/}/s/^ *"median": *\([0-9.]*\).*/\1/p' "$results/choice.json" | head -n 1)
+            printf '%-28s %-16s %12.1f\n' "${label%% gemm_table*}" "$shape" "$median" | tee -a "$results/choices.txt"
+        done
+    done
+    rm -f "$results/choice.json"
+}
 bench_shared() { ranks_on_card 2 "$muonshard" bench step "$@" backend=cuda share_gpu=true preset=torch -n 3 -J "$results/step-shared-2.json"; }
 vs_torch() { # NAME SECONDS ARGUMENT...
     local name=$1 seconds=$2 own_paths=$LD_LIBRARY_PATH
@@ -178,12 +197,14 @@ has_torch() {
 if [ -n "$trial" ]; then
     torch_words=(--torch-device cpu --shapes 48x48x4,32x64 --model '' --iterations 3 --rounds 1 --bench "-e 64K")
     step_words=(--shapes 48x48x4,32x64 -e 64K) shared_words=("${step_words[@]}") bytes=64K
+    choice_words=(32x32x4 32x64x3 -- -e 64K)
 else
     torch_words=() step_words=(configs/models/gpt2-124m.yaml) shared_words=(--shapes 768x768x6,768x3072x3) bytes=256M
+    choice_words=(768x768x48 768x3072x24 4096x4096x1 2048x7168x24 --)
 fi
 muonshard=${trial:-$out/muonshard}
 export muonshard
-export -f build objects on_card ranks_on_card train losses same_losses continued bench_step bench_shared vs_torch
+export -f build objects on_card ranks_on_card train losses same_losses continued bench_step bench_shared vs_torch choices
 export mpi_libs tests
 
 times() {
@@ -195,6 +216,8 @@ times() {
     fi
     part step_gpt2 60 bench_step gpt2 "${step_words[@]}"
     part step_gpt2_auto 60 bench_step gpt2-auto "${step_words[@]}" -c 0 ns_form=auto
+    part choices 120 choices "${choice_words[@]}"
+    [ -f $results/choices.txt ] && cat $results/choices.txt >>$summary
     [ "$nccl" = yes ] && part step_shared_2 60 bench_shared "${shared_words[@]}"
     part calibrate 60 "$muonshard" bench --calibrate $results/machine.yaml -n 5 -w 1 -e $bytes backend=cuda
     if has_torch; then
@@ -203,7 +226,7 @@ times() {
     fi
 }
 correct() {
-    for name in elementwise backend_data matrix_update newton_schulz orthogonalize_cases presets conventions step_rules; do
+    for name in elementwise backend_data matrix_update alignment newton_schulz orthogonalize_cases presets conventions step_rules; do
         part test_$name 90 on_card $out/test_$name
     done
     if [ $nccl = yes ]; then
