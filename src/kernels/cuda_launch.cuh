@@ -8,7 +8,7 @@
 
 #ifdef __CUDACC__
 
-enum { THREADS = 256, TILE = 32, TILE_ROWS = 8 };
+enum { THREADS = 256 };
 
 template <typename Type> struct plain { typedef Type type; };
 

@@ -77,11 +77,6 @@ __device__ static void each_quad(const void *src, muonshard_dtype dtype, size_t 
             [&](piece p, const quad_bits &b) { use(p, place_of(p.at, cols), b); });
 }
 
-/* Element (r, c) of an oriented [m, n] matrix, in an array that is turned or not. */
-__device__ static inline size_t place(int64_t r, int64_t c, int64_t m, int64_t n, bool turned) {
-    return turned ? (size_t)c * (size_t)m + (size_t)r : (size_t)r * (size_t)n + (size_t)c;
-}
-
 static inline dim3 blocks_of(int64_t m, int64_t n, unsigned count) {
     return dim3(parts_for((size_t)m * (size_t)n), count);
 }
@@ -348,41 +343,78 @@ cudaError_t cuda_noise(void *dst, size_t count, float most, ns_dtype dtype, cuda
 }
 
 /* A tile below the diagonal, or on it, a block: turned, it takes the place of the one above. */
-__global__ static void mirror_kernel(char *a, int64_t m, muonshard_dtype dtype, float alpha,
-                                     char *shifted) {
-    __shared__ float tile[TILE][TILE + 1];
-    const int64_t row = (int64_t)blockIdx.x * TILE, col = (int64_t)blockIdx.y * TILE;
-    const size_t before = (size_t)blockIdx.z * (size_t)m * (size_t)m;
+template <muonshard_dtype Dtype>
+__global__ static void mirror_kernel(char *a, size_t m, float alpha, char *shifted) {
+    __shared__ uint32_t tile[SIDE][SIDE + 1]; /* of one element each */
+    const size_t row = (size_t)blockIdx.x * SIDE, col = (size_t)blockIdx.y * SIDE;
     if (col > row)
         return;
-    for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y)
-        if (row + k < m && col + threadIdx.x < m) {
-            const size_t at = before + place(row + k, col + threadIdx.x, m, m, false);
-            const float x = load_element(a, dtype, at);
-            tile[k][threadIdx.x] = x;
-            if (shifted && row + k >= col + threadIdx.x)
-                store_element(shifted, dtype, at, row + k == col + threadIdx.x ? x + alpha : x);
+    const size_t before = (size_t)blockIdx.z * m * m * (Dtype == MUONSHARD_FP32 ? 4 : 2);
+    char *mine = a + before, *other = shifted + (shifted ? before : 0);
+    const bool whole = m % QUAD == 0 && is_aligned(mine, Dtype) && is_aligned(other, Dtype);
+    quad_bits got[FOURS];
+#pragma unroll
+    for (unsigned k = 0; k < FOURS; k++)
+        got[k] = load_bits(mine, Dtype, piece_of_tile(k, row, col, m, m, whole));
+#pragma unroll
+    for (unsigned k = 0; k < FOURS; k++) {
+        const unsigned four = k * THREADS + threadIdx.x;
+        const unsigned r = four / ACROSS, c = four % ACROSS * QUAD;
+#pragma unroll
+        for (unsigned j = 0; j < QUAD; j++)
+            tile[r][c + j] = one_of(got[k], Dtype, j);
+        if (!shifted)
+            continue;
+        if (row == col && r - c < QUAD) {
+            quad q = unpack(got[k], Dtype);
+#pragma unroll
+            for (unsigned j = 0; j < QUAD; j++)
+                q.x[j] = r == c + j ? q.x[j] + alpha : q.x[j];
+            got[k] = pack(q, Dtype);
         }
+        const piece p = piece_of_tile(k, row, col, m, m, whole);
+        store_bits(other, Dtype, p, got[k]); /* above the diagonal once more below */
+    }
     __syncthreads();
-    for (unsigned k = threadIdx.y; k < TILE; k += blockDim.y)
-        if (col + k < m && row + threadIdx.x < m && row + threadIdx.x > col + k) {
-            const size_t at = before + place(col + k, row + threadIdx.x, m, m, false);
-            store_element(a, dtype, at, tile[threadIdx.x][k]);
+#pragma unroll
+    for (unsigned k = 0; k < FOURS; k++) {
+        const unsigned four = k * THREADS + threadIdx.x;
+        const unsigned r = four / ACROSS, c = four % ACROSS * QUAD;
+        const piece p = piece_of_tile(k, col, row, m, m, whole);
+        quad_bits b = {};
+#pragma unroll
+        for (unsigned j = 0; j < QUAD; j++)
+            put_one(&b, Dtype, j, tile[c + j][r]);
+        if (row != col || c > r) {
+            store_bits(mine, Dtype, p, b);
             if (shifted)
-                store_element(shifted, dtype, at, tile[threadIdx.x][k]);
+                store_bits(other, Dtype, p, b);
+            continue;
         }
+#pragma unroll
+        for (unsigned j = 0; j < QUAD; j++)
+            if (j < p.count && c + j > r) {
+                const quad_bits one = {{tile[c + j][r]}};
+                store_bits(mine, Dtype, piece{p.at + j, 1, false}, one);
+                if (shifted)
+                    store_bits(other, Dtype, piece{p.at + j, 1, false}, one);
+            }
+    }
 }
+
+static void (*const mirror_kernels[])(char *, size_t, float, char *) = {
+    mirror_kernel<MUONSHARD_FP32>, mirror_kernel<MUONSHARD_BF16>, mirror_kernel<MUONSHARD_FP16>};
 
 cudaError_t cuda_mirror(void *a, size_t count, int64_t m, ns_dtype dtype, float alpha,
                         void *shifted, cudaStream_t stream) {
     const muonshard_dtype stored = stored_as(dtype);
     const size_t matrix = (size_t)m * (size_t)m * dtype_size(stored);
-    const unsigned tiles = (unsigned)((m + TILE - 1) / TILE);
+    const unsigned tiles = (unsigned)((m + SIDE - 1) / SIDE);
     cudaError_t status = cudaSuccess;
     for (size_t done = 0; done < count && status == cudaSuccess; done += 65535) {
         const unsigned z = (unsigned)(count - done < 65535 ? count - done : 65535);
-        status = launch(mirror_kernel, dim3(tiles, tiles, z), dim3(TILE, TILE_ROWS), stream,
-                        (char *)a + done * matrix, m, stored, alpha,
+        status = launch(mirror_kernels[stored], dim3(tiles, tiles, z), dim3(THREADS), stream,
+                        (char *)a + done * matrix, (size_t)m, alpha,
                         shifted ? (char *)shifted + done * matrix : (char *)NULL);
     }
     return status;

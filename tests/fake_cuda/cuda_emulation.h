@@ -10,7 +10,7 @@
 #include <cuda_runtime_api.h>
 
 /* Blocks are small: a barrier costs a change of stacks for every thread. */
-enum { THREADS = 8, TILE = 32, TILE_ROWS = 1 };
+enum { THREADS = 8 };
 
 #undef __shared__
 #define __shared__ static thread_local
