@@ -267,8 +267,8 @@ static void begin_collective(walk *w, size_t index) {
         takes += w->options->latency + (ranks - 1.0) * t.slot / w->options->bandwidth;
     }
     if (!m->on_gpu && o->kind != OP_AGREE) {
-        /* A rank's own slot: copied by a gather, and by a reduce-scatter of one rank. */
-        if (o->kind == OP_ALL_GATHER || ranks < 2.0)
+        /* A rank's own slot of parameters; updates are computed where they are gathered. */
+        if (o->kind == OP_ALL_GATHER && w->g->plan->batches[o->index].gathers_params)
             f->copy += machine_pass_seconds(m, PASS_COPY, 2.0 * t.slot);
     }
     if (t.sums && ranks > 1.0)

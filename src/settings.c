@@ -221,7 +221,8 @@ const muonshard_param settings_table[] = {
          "number "
          "of ranks; otherwise NCCL sums fp32 itself, in an order of its own."),
     BOOL("cuda_graphs", cuda_graphs, "true",
-         "What a GPU computes between two collectives is launched as one CUDA graph."),
+         "What a GPU computes between two collectives, or up to where parameters are applied, is "
+         "launched as one CUDA graph."),
     CHOICE("gemm_choice", gemm_choice, "proposed", "proposed|measured",
            "Which of cuBLASLt's algorithms multiplies in Newton-Schulz, chosen once a shape, at "
            "commit: the first it proposes, or the fastest of those, which takes seconds and may "
@@ -229,7 +230,8 @@ const muonshard_param settings_table[] = {
     TEXT("gemm_table", gemm_table, "",
          "File of chosen algorithms, read at commit and written when there are new ones; %r "
          "becomes "
-         "the rank; it is of one kind of GPU and one version of cuBLASLt. Empty: none."),
+         "the rank; it is of one gemm_choice, one kind of GPU and one version of cuBLASLt. Empty: "
+         "none."),
     INT("symmetric_panels", symmetric_panels, "0", 0, 16,
         "Panels a symmetric product is made of on a GPU, each up to the diagonal; 1: whole; 0: as "
         "many as take the least time by a model."),
@@ -242,8 +244,8 @@ const muonshard_param settings_table[] = {
         "Bytes of gradient a rank sends in one reduce-scatter group; at least one wave."),
     INT("batch_bytes", batch_bytes, "0", 0, 1099511627776.0,
         "Bytes of updates a rank owns in one Newton-Schulz batch, as fp32; at least one wave. 0: "
-        "32 "
-        "MiB on the host, 256 MiB on a GPU."),
+        "32 MiB "
+        "on the host; on a GPU 256 MiB, but at most 2 GiB of all ranks together."),
     REAL("timeout", timeout_s, "100", 0.001, 1e6, "Deadline of each wait in a step, seconds."),
     REAL("first_timeout", first_timeout_s, "300", 0.001, 1e6,
          "Deadline of each wait in the first step, seconds."),

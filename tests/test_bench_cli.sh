@@ -103,7 +103,7 @@ done
 # Gradients and momentum are read and written in fp32, 16 bytes an element, of which there are 30720 at one rank.
 gbs=$(number shapes1.json phases_gbs momentum) us=$(number shapes1.json phases_us momentum)
 holds "step: the rate of a pass" "$gbs > 0 && ($gbs * $us / (16 * 30720e-3) - 1) ^ 2 < 1e-6"
-says "step: no bytes, no rate" '"take": null' shapes1.json
+says "step: no bytes, no rate" '"take": null' shapes2.json
 cat >layers.yaml <<'YAML'
 model: deep
 tensors:

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "device_fixture.h"
@@ -195,7 +196,7 @@ static void test_other_files_are_refused(void **state) {
     write_file("wrong", "", 0);
     expect(yaml_of("wrong", ""), other);
     expect(yaml_of("right", ", gemm_choice: measured"), other); /* not what the file was made by */
-    for (size_t short_by = 1; short_by < 60; short_by++) { /* the last line, cut */
+    for (size_t short_by = 1; short_by < 60; short_by++) {      /* the last line, cut */
         write_file("wrong", right, length - short_by);
         expect(yaml_of("wrong", ""), cut);
     }
@@ -227,11 +228,37 @@ static void test_other_files_are_refused(void **state) {
     free(wrong);
 }
 
+/* A commit that could not write its file, and one more when it can. */
+static void commit_twice(muonshard_comm *comm, void *arg) {
+    outcome *out = arg;
+    rig r;
+    rig_prepare(&r, comm, out->setup[0]);
+    out->status[0] = muonshard_commit(r.optimizer, MUONSHARD_SYNC_CHECK);
+    mkdir(path_of("later"), 0700);
+    out->number[0] = muonshard_commit(r.optimizer, MUONSHARD_SYNC_CHECK);
+    rig_close(&r);
+}
+
+static void test_a_commit_is_tried_again(void **state) {
+    (void)state;
+    const rig_case setup = few_case(yaml_of("later/table", ""));
+    outcome out = {.setup = {&setup}};
+    assert_int_equal(threads_run(1, commit_twice, &out), MUONSHARD_OK);
+    assert_int_equal(out.status[0], MUONSHARD_ERR_IO);
+    assert_true(out.number[0] == (double)MUONSHARD_OK);
+    size_t length;
+    free(contents("later/table", &length));
+    assert_true(length > 200);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_commit_chooses),          cmocka_unit_test(test_by_time),
-        cmocka_unit_test(test_a_file_keeps_them),       cmocka_unit_test(test_a_file_grows),
+        cmocka_unit_test(test_commit_chooses),
+        cmocka_unit_test(test_by_time),
+        cmocka_unit_test(test_a_file_keeps_them),
+        cmocka_unit_test(test_a_file_grows),
         cmocka_unit_test(test_other_files_are_refused),
+        cmocka_unit_test(test_a_commit_is_tried_again),
     };
     return cmocka_run_group_tests(tests, begin, end);
 }

@@ -317,10 +317,10 @@ typedef struct stream_ops {
      * for the device and writes to the workspace and to where the items want U. */
     muonshard_status (*prepare)(backend *self, const ns_program *program, int64_t m, int64_t n,
                                 const orthogonalize_item *items, size_t count, void *workspace);
-    /* All that was chosen as lines of text, the caller's to free; NULL if nothing was since the
-     * last time. And back: before prepare. ERR_CONFIG: of another device or library, or no such
-     * text. */
+    /* All that was chosen as lines of text, the caller's to free; NULL if nothing was since it was
+     * kept. And back: before prepare. ERR_CONFIG: of another device or library, or no such text. */
     muonshard_status (*choices)(backend *self, char **text);
+    void (*choices_kept)(backend *self);
     muonshard_status (*take_choices)(backend *self, const char *text);
     /* For profilers: what is launched between begin and end. */
     void (*range_begin)(backend *self, const char *name);

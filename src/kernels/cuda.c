@@ -414,6 +414,7 @@ static const stream_ops cuda_streams = {
     .native = cuda_native,
     .prepare = cuda_prepare_items,
     .choices = gemm_table_text,
+    .choices_kept = gemm_table_kept,
     .take_choices = gemm_table_read,
     .range_begin = cuda_range_begin,
     .range_end = cuda_range_end,

@@ -87,9 +87,10 @@ muonshard_status gemm_run(backend *self, const gemm *g, void *workspace);
 muonshard_status gemm_prepare(backend *self, const gemm *g, void *workspace);
 void gemm_table_free(gemm_table *table);
 
-/* ---- cuda_gemm_table.c ---- see choices and take_choices of stream_ops */
+/* ---- cuda_gemm_table.c ---- see choices of stream_ops */
 
 muonshard_status gemm_table_text(backend *self, char **text);
+void gemm_table_kept(backend *self);
 muonshard_status gemm_table_read(backend *self, const char *text);
 
 #endif

@@ -107,7 +107,7 @@ static cublasStatus_t propose(cublasLtHandle_t blas, const gemm_choice *c,
     }
     if (status == CUBLAS_STATUS_SUCCESS)
         status = cublasLtMatmulAlgoGetHeuristic(
-            blas, c->operation, c->layouts[GEMM_B], c->layouts[GEMM_A], c->layouts[GEMM_C],
+            blas, c->operation, c->layouts[GEMM_B], c->layouts[GEMM_A], gemm_layout_of_c(c),
             c->layouts[GEMM_DST], preference, wanted, results, found);
     cublasLtMatmulPreferenceDestroy(preference);
     if (status == CUBLAS_STATUS_SUCCESS)
@@ -125,7 +125,7 @@ static cublasStatus_t multiply(const cuda_impl *impl, const gemm_choice *c,
         impl->blas, c->operation, wide ? (const void *)&wide_scalars[0] : &scalars[0], g->b.at,
         c->layouts[GEMM_B], g->a.at, c->layouts[GEMM_A],
         wide ? (const void *)&wide_scalars[1] : &scalars[1], g->c.at ? g->c.at : g->dst.at,
-        c->layouts[GEMM_C], (void *)(uintptr_t)g->dst.at, c->layouts[GEMM_DST], algorithm,
+        gemm_layout_of_c(c), (void *)(uintptr_t)g->dst.at, c->layouts[GEMM_DST], algorithm,
         workspace, GEMM_WORKSPACE, impl->streams[STREAM_COMPUTE]);
 }
 
@@ -220,6 +220,7 @@ static gemm_key key_of(const gemm *g) {
     k.operands = g->operands;
     k.stored = g->stored;
     k.b_transposed = g->b_transposed;
+    k.adds = g->c.at != NULL;
     k.rows = g->rows;
     k.cols = g->cols;
     k.depth = g->depth;

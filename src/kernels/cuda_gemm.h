@@ -8,7 +8,7 @@
 enum { GEMM_A, GEMM_B, GEMM_C, GEMM_DST, GEMM_PLACES };
 
 typedef struct gemm_key { /* compared as bytes: all of it is set, padding too */
-    int64_t operands, stored, b_transposed, rows, cols, depth, batch;
+    int64_t operands, stored, b_transposed, adds, rows, cols, depth, batch;
     int64_t pitch[GEMM_PLACES], stride[GEMM_PLACES];
     int64_t alignment[GEMM_PLACES]; /* bytes, of the first matrix */
 } gemm_key;
@@ -31,5 +31,10 @@ gemm_choice *gemm_next_choice(cuda_impl *impl);
 /* Descriptors for the key. cuBLAS computes dst^T = b^T a^T: its A is b, its B is a. */
 cublasStatus_t gemm_describe(gemm_choice *c);
 void gemm_free_choice(gemm_choice *c);
+/* In place is for cuBLASLt what has one address and one layout: that of dst, where nothing is
+ * added. */
+static inline cublasLtMatrixLayout_t gemm_layout_of_c(const gemm_choice *c) {
+    return c->layouts[c->key.adds ? GEMM_C : GEMM_DST];
+}
 
 #endif

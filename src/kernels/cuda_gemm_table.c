@@ -40,9 +40,13 @@ muonshard_status gemm_table_text(backend *self, char **text) {
     int at = head(self, all, LINE_BYTES);
     for (size_t i = 0; i < table->count; i++)
         at += line(&table->choices[i], all + at, LINE_BYTES);
-    table->added = 0;
     *text = all;
     return MUONSHARD_OK;
+}
+
+void gemm_table_kept(backend *self) {
+    if (cuda_of(self)->gemms)
+        cuda_of(self)->gemms->added = 0;
 }
 
 /* Numbers of one line, and nothing else. */
@@ -78,7 +82,7 @@ static bool is_usable(cublasLtHandle_t blas, gemm_choice *c) {
            c->key.stored >= GEMM_FP32 && c->key.stored <= GEMM_FP64 &&
            gemm_describe(c) == CUBLAS_STATUS_SUCCESS &&
            cublasLtMatmulAlgoCheck(blas, c->operation, c->layouts[GEMM_B], c->layouts[GEMM_A],
-                                   c->layouts[GEMM_C], c->layouts[GEMM_DST], &c->algorithm,
+                                   gemm_layout_of_c(c), c->layouts[GEMM_DST], &c->algorithm,
                                    &result) == CUBLAS_STATUS_SUCCESS &&
            result.workspaceSize <= GEMM_WORKSPACE;
 }

@@ -61,6 +61,7 @@ static muonshard_status keep(muonshard_optimizer *o, const char *path) {
     TRY_GOTO(whole_file_begin(&file, path, &why), done);
     TRY_GOTO(whole_file_write(&file, text, strlen(text), &why), done);
     TRY_GOTO(whole_file_end(&file, &why), done);
+    o->backend->streams->choices_kept(o->backend);
 done:
     whole_file_close(&file);
     free(text);

@@ -201,10 +201,13 @@ static bool one_batch(const wave *a, const wave *b) {
 }
 
 /* A device's products take whole waves of tiles over its processors: few matrices leave the last
- * one half empty, and 24 of 768 x 3072 take 1.3 times as long in eight batches as in one. The host
- * has nothing of large ones but memory to fill. */
+ * one half empty, and 24 of 768 x 3072 take 1.3 times as long in eight batches as in one; but what
+ * all ranks gather of a batch, in 16 bits mostly, is not to be much. The host has nothing of large
+ * ones but memory to fill. */
 static size_t batch_bytes(const builder *b) {
-    const size_t by_itself = b->device ? (size_t)256 << 20 : (size_t)32 << 20;
+    const size_t gathered = ((size_t)1 << 30) / (size_t)b->p->world_size * 2;
+    const size_t device = gathered < (size_t)256 << 20 ? gathered : (size_t)256 << 20;
+    const size_t by_itself = b->device ? device : (size_t)32 << 20;
     return b->s->batch_bytes ? (size_t)b->s->batch_bytes : by_itself;
 }
 

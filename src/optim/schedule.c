@@ -56,9 +56,8 @@ static bool is_repeated(op_kind kind) {
 static void number_segments(schedule *s) {
     for (size_t i = 0; i < s->count; i++) {
         op *o = &s->ops[i];
-        /* What waits for parameters waits for the end of a segment; a step can be left before its
-         * last operation. */
-        const bool goes_on = i > 0 && i + 1 < s->count && s->ops[i - 1].segment != OP_NONE &&
+        /* What waits for parameters waits for the end of a segment. */
+        const bool goes_on = i > 0 && s->ops[i - 1].segment != OP_NONE &&
                              s->ops[i - 1].kind != OP_APPLY && o->waits_on == OP_NONE;
         o->segment = !is_repeated(o->kind) ? OP_NONE : goes_on ? s->segments - 1 : s->segments++;
     }
