@@ -350,8 +350,10 @@ typedef enum muonshard_sync_params {
 
 /* Plans ownership and schedule, allocates all workspace, compares tensors, plan and schedule over
  * the ranks. Collective; a local error is everybody's. ERR_MISMATCH names the first tensor that
- * differs and where; ERR_MEMORY; ERR_UNSUPPORTED: a matrix too large for BLAS; ERR_IO: the trace.
- * On a GPU parameters are read when the stream of muonshard_options gets here. */
+ * differs and where; ERR_MEMORY; ERR_UNSUPPORTED: a matrix too large for BLAS; ERR_IO: the trace,
+ * or gemm_table; ERR_CONFIG: gemm_table is of something else. On a GPU parameters are read when the
+ * stream of muonshard_options gets here, and gemm_choice measured takes seconds. A commit that
+ * failed may be tried again. */
 MUONSHARD_API muonshard_status muonshard_commit(muonshard_optimizer *optimizer,
                                                 muonshard_sync_params sync_params);
 
@@ -399,7 +401,7 @@ typedef struct muonshard_step_args {
     size_t group_count;
     void *stream; /* cudaStream_t on which gradients are ready and parameters will be; NULL: that of
                      muonshard_options */
-    int defer; /* non-zero: return when the last all-gather has started; see muonshard_tensor_wait.
+    int defer; /* non-zero: return when all is computed and the last all-gather has started; see muonshard_tensor_wait.
                   On a GPU the stream then waits for no parameters but through that call */
 } muonshard_step_args;
 #define MUONSHARD_STEP_ARGS_INIT                                                                   \
@@ -553,7 +555,7 @@ typedef struct muonshard_stats_info {
     int64_t bytes_reduced;   /* a step: bytes this rank sends in reduce-scatters */
     int64_t bytes_gathered;  /* a step: bytes this rank receives in all-gathers */
     int64_t bytes_packed;    /* a step: gradient bytes copied before they can be sent */
-    int64_t bytes_padded;    /* a step: bytes of empty slots */
+    int64_t bytes_padded;    /* a step: bytes of empty slots, whether or not they travel */
     int64_t bytes_state;     /* momentum and AdamW state on this rank */
     int64_t bytes_workspace; /* everything else the optimizer allocated on this rank */
     double grad_norm;        /* latest */

@@ -272,7 +272,7 @@ typedef struct backend_ops {
     void (*destroy)(backend *self);
 } backend_ops;
 
-/* Compute operations between two collectives, as one launch. */
+/* Compute operations that follow each other, as one launch. */
 typedef enum segment_mode {
     SEGMENT_RECORD,       /* what is given to the compute stream is recorded, and runs at the end */
     SEGMENT_RECORD_ALONE, /* is recorded and doesn't run */
@@ -280,7 +280,7 @@ typedef enum segment_mode {
 } segment_mode;
 
 /* What a backend has beside when its streams run by themselves and its memory is not the host's.
- * None of these waits for the device. */
+ * None of these waits for the device, but for prepare by time. */
 typedef struct stream_ops {
     /* Memory of the host that copy_async knows. Zeroed. */
     muonshard_status (*alloc_pinned)(backend *self, void **memory, size_t bytes);

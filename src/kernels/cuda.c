@@ -1,6 +1,6 @@
 /* cuda.c - the CUDA backend: device memory, two streams of its own, stamps on them, and what is
- * launched between two collectives captured as a graph. Nothing here waits for the device but
- * alloc, and copies from and to memory of the host. */
+ * launched in a row captured as a graph. Nothing here waits for the device but alloc, copies from
+ * and to memory of the host, and choosing by time. */
 #include "kernels/cuda.h"
 
 #include <stdio.h>

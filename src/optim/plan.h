@@ -1,5 +1,5 @@
 /* plan.h - who owns which matrix, what travels together, what is computed together. A pure function
- * of the tensors, the world size and the settings: every rank computes the same plan, and its hash
+ * of the tensors, the world size, the settings and whether a device computes: every rank computes the same plan, and its hash
  * is compared at commit. */
 #ifndef PLAN_H
 #define PLAN_H
