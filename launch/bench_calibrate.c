@@ -158,7 +158,8 @@ static muonshard_status measure_shape(calibration *c, int dtype, int64_t m, int6
     s.ns_dtype = dtype;
     s.ns_form = NS_FORM_STANDARD;
     s.coefficient_check = 1;
-    muonshard_status status = newton_schulz_compile(&s, MUONSHARD_FP32, m, n, &program, &error);
+    muonshard_status status =
+        newton_schulz_compile(&s, MUONSHARD_FP32, false, m, n, &program, &error);
     if (status)
         return message_fail(c->b->message, status, "%s", error.text);
     const size_t bytes = c->memory->ops->orthogonalize_workspace(c->memory, &program, m, n,

@@ -133,7 +133,8 @@ static muonshard_status reserve(ns_case *c) {
 static double floor_seconds(const ns_case *c) {
     const bench_ceilings *ceiling = &c->b->ceilings;
     const double flops = ns_program_flops(&c->program, (int64_t)c->m, (int64_t)c->n);
-    const double in_fp32 = ns_program_cost(&c->program, (int64_t)c->m, (int64_t)c->n) - flops;
+    const double in_fp32 =
+        ns_program_cost(&c->program, (int64_t)c->m, (int64_t)c->n, false) - flops;
     const double narrow = c->program.dtype == NS_BF16 ? ceiling->bf16_flops : ceiling->fp32_flops;
     return in_fp32 / ceiling->fp32_flops + (flops - in_fp32) / narrow;
 }
@@ -185,8 +186,8 @@ static muonshard_status run_shape(bench *b, bench_shape s) {
     c.m = s.rows < s.cols ? s.rows : s.cols;
     c.n = s.rows < s.cols ? s.cols : s.rows;
     error_text error = {""};
-    muonshard_status status = newton_schulz_compile(b->settings, MUONSHARD_FP32, (int64_t)c.m,
-                                                    (int64_t)c.n, &c.program, &error);
+    muonshard_status status = newton_schulz_compile(b->settings, MUONSHARD_FP32, false,
+                                                    (int64_t)c.m, (int64_t)c.n, &c.program, &error);
     if (status == MUONSHARD_OK)
         status = coefficients_rows(b->settings, c.program.dtype, c.coefficients, &error);
     if (status)

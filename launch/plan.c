@@ -107,7 +107,7 @@ static muonshard_status print_model(const planner *p, char *message) {
     if (!cost)
         return message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
     const muonshard_status status =
-        ownership_price(&p->whole, p->settings, cost, cost + views, &error);
+        ownership_price(&p->whole, p->settings, p->on_gpu, cost, cost + views, &error);
     for (size_t i = 0; status == MUONSHARD_OK && i < views; i++)
         sum += cost[views + i];
     free(cost);

@@ -129,7 +129,7 @@ static muonshard_status workspace_of(const planner *p, const plan *q, memory_fac
         if (b->kind == PLAN_FLAT)
             continue;
         const muonshard_status status =
-            newton_schulz_compile(p->settings, b->dtype, b->m, b->n, &program, &error);
+            newton_schulz_compile(p->settings, b->dtype, p->on_gpu, b->m, b->n, &program, &error);
         if (status)
             return message_fail(message, status, "%s", error.text);
         const size_t bytes =
@@ -204,7 +204,7 @@ static muonshard_status add_imbalance(const planner *p, int ranks, ownership_pol
         if (status == MUONSHARD_OK && !cost)
             status = message_fail(message, MUONSHARD_ERR_MEMORY, "out of memory");
         if (status == MUONSHARD_OK && g.there) {
-            status = ownership_price(r, &s, cost, NULL, &error);
+            status = ownership_price(r, &s, p->on_gpu, cost, NULL, &error);
             if (status == MUONSHARD_OK)
                 status =
                     ownership_bound(cost, r->view_count, (size_t)g.plan.world_size, &least, &error);

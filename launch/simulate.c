@@ -63,7 +63,8 @@ static muonshard_status batch_work_of(const sim_group *g, const op *o, size_t ow
     ns_program program = {.count = 0};
     *work = (sim_work){.pass = PASS_COPY};
     if (b->kind == PLAN_MATRICES)
-        TRY(newton_schulz_compile(g->settings, b->dtype, b->m, b->n, &program, error));
+        TRY(newton_schulz_compile(g->settings, b->dtype, g->plan->device, b->m, b->n, &program,
+                                  error));
     const double u = size_of(ns_program_output(&program));
     const bool master = registry_master(g->settings, b->dtype) == MASTER_OWNER;
     switch (o->kind) {

@@ -28,7 +28,7 @@ ns_program ns_compiled(const settings *s, int64_t r, int64_t c) {
     ns_program program;
     error_text error = {""};
     const int64_t m = r < c ? r : c, n = r < c ? c : r;
-    if (newton_schulz_compile(s, MUONSHARD_FP32, m, n, &program, &error) != MUONSHARD_OK)
+    if (newton_schulz_compile(s, MUONSHARD_FP32, false, m, n, &program, &error) != MUONSHARD_OK)
         fail_msg("%s", error.text);
     return program;
 }

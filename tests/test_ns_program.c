@@ -32,7 +32,7 @@ static ns_program compiled_for(const settings *s, muonshard_dtype param, int64_t
     ns_program p;
     error_text error = {""};
     memset(&p, 0xa5, sizeof p); /* no field may be taken for set */
-    if (newton_schulz_compile(s, param, m, n, &p, &error) != MUONSHARD_OK)
+    if (newton_schulz_compile(s, param, false, m, n, &p, &error) != MUONSHARD_OK)
         fail_msg("%s", error.text);
     return p;
 }
@@ -45,7 +45,7 @@ static void refused(const settings *s, muonshard_dtype param, int64_t m, int64_t
                     muonshard_status status, const char *const *words) {
     ns_program p;
     error_text error = {""};
-    assert_int_equal(newton_schulz_compile(s, param, m, n, &p, &error), status);
+    assert_int_equal(newton_schulz_compile(s, param, false, m, n, &p, &error), status);
     for (; *words; words++)
         if (!strstr(error.text, *words))
             fail_msg("\"%s\" does not say \"%s\"", error.text, *words);
@@ -512,9 +512,26 @@ static void test_auto_goes_by_cost(void **state) {
         const ns_program p = compiled_for(&s, MUONSHARD_FP32, 64, 64 * a);
         const double standard = 5.0 * (3.0 * (double)a + 1.0), gram = 3.0 * (double)a + 34.0;
         assert_int_equal(p.squares, a > 1 && gram < standard ? 4 : 2);
-        const double cost = ns_program_cost(&p, 64, 64 * a) / (64.0 * 64.0 * 64.0);
+        const double cost = ns_program_cost(&p, 64, 64 * a, false) / (64.0 * 64.0 * 64.0);
         assert_true(fabs(cost - (a > 1 ? fmin(standard, gram) : standard)) < 1e-9);
     }
+}
+
+/* On a device fp32 has no tensor cores: nothing makes up for squares in it, but fp16 has none. */
+static void test_auto_on_a_device(void **state) {
+    (void)state;
+    static const ns_dtype_choice dtypes[] = {NS_DTYPE_BF16, NS_DTYPE_FP16};
+    for (int64_t a = 2; a <= 4; a++)
+        for (int d = 0; d < 2; d++) {
+            settings s = settings_of(COEFFICIENTS_SIMPLE, 5, NS_FORM_AUTO);
+            ns_program p;
+            error_text error;
+            s.ns_dtype = (int)dtypes[d];
+            assert_int_equal(
+                newton_schulz_compile(&s, MUONSHARD_FP32, true, 64, 64 * a, &p, &error),
+                MUONSHARD_OK);
+            assert_int_equal(p.squares, dtypes[d] == NS_DTYPE_FP16 ? 4 : 2);
+        }
 }
 
 static void test_square_matrices_take_the_standard_form(void **state) {
@@ -546,6 +563,7 @@ int main(void) {
         cmocka_unit_test(test_no_restarts_help),
         cmocka_unit_test(test_flops_are_the_published_counts),
         cmocka_unit_test(test_auto_goes_by_cost),
+        cmocka_unit_test(test_auto_on_a_device),
         cmocka_unit_test(test_square_matrices_take_the_standard_form),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

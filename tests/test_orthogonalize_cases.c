@@ -230,8 +230,9 @@ static muonshard_status compile(const combination *k, ns_dtype dtype, bool gram,
     assert_int_equal(muonshard_config_create(&config), MUONSHARD_OK);
     if (muonshard_config_load_string(config, yaml))
         fail_msg("%s", muonshard_config_last_error(config));
-    const muonshard_status status = newton_schulz_compile(
-        config_settings(config), MUONSHARD_FP32, r < c ? r : c, r < c ? c : r, program, error);
+    const muonshard_status status =
+        newton_schulz_compile(config_settings(config), MUONSHARD_FP32, false, r < c ? r : c,
+                              r < c ? c : r, program, error);
     muonshard_config_destroy(config);
     return status;
 }

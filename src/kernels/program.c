@@ -18,11 +18,13 @@ double ns_program_flops(const ns_program *program, int64_t m, int64_t n) {
     return flops;
 }
 
-double ns_program_cost(const ns_program *program, int64_t m, int64_t n) {
+double ns_program_cost(const ns_program *program, int64_t m, int64_t n, bool device) {
     double cost = 0.0;
     for (int i = 0; i < program->count; i++) {
         const ns_dtype dtype = ns_operands(program, &program->code[i]);
-        const double price = dtype == NS_FP32 || dtype == NS_TF32 ? 2.0 : 1.0;
+        const double price = dtype == NS_FP32   ? (device ? 16.0 : 2.0)
+                             : dtype == NS_TF32 ? 2.0
+                                                : 1.0;
         cost += price * flops_of(&program->code[i], (double)m, (double)n);
     }
     return cost;

@@ -4,6 +4,7 @@
 #ifndef PROGRAM_H
 #define PROGRAM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -61,9 +62,10 @@ typedef struct ns_program {
 /* Floating-point operations the program needs for one [m, n] matrix; symmetric results count half.
  */
 double ns_program_flops(const ns_program *program, int64_t m, int64_t n);
-/* What they cost, in operations of 16 bits: twice as much in fp32 and tf32. Processors with and
- * without 16-bit units differ in it, ranks must not. */
-double ns_program_cost(const ns_program *program, int64_t m, int64_t n);
+/* What they cost, in operations of 16 bits: twice as much in fp32 and tf32; on a device 16 times as
+ * much in fp32, which its tensor cores don't have (990 and 67 TFLOP/s on an H100 or H200, 312 and
+ * 19.5 on an A100). Processors with and without 16-bit units differ in it, ranks must not. */
+double ns_program_cost(const ns_program *program, int64_t m, int64_t n, bool device);
 
 /* Bytes of a number as it is stored. */
 static inline size_t ns_dtype_size(ns_dtype dtype) {

@@ -153,8 +153,8 @@ static double slope_at_zero(const coefficient_row *rows, int steps) {
 }
 
 /* Replaces the standard form where Gram is asked for, or `auto` and cheaper. */
-static muonshard_status consider_gram(const settings *s, const coefficient_row *rows, int64_t m,
-                                      int64_t n, ns_program *p, error_text *error) {
+static muonshard_status consider_gram(const settings *s, const coefficient_row *rows, bool device,
+                                      int64_t m, int64_t n, ns_program *p, error_text *error) {
     const bool forced = s->ns_form == NS_FORM_GRAM;
     const int steps = (int)s->ns_steps;
     bool planned;
@@ -183,13 +183,14 @@ static muonshard_status consider_gram(const settings *s, const coefficient_row *
     }
     ns_program gram = {.dtype = p->dtype, .square_dtype = square};
     compile_gram(s, rows, restarts, &gram);
-    if (forced || ns_program_cost(&gram, m, n) < ns_program_cost(p, m, n))
+    if (forced || ns_program_cost(&gram, m, n, device) < ns_program_cost(p, m, n, device))
         *p = gram;
     return MUONSHARD_OK;
 }
 
-muonshard_status newton_schulz_compile(const settings *s, muonshard_dtype param, int64_t m,
-                                       int64_t n, ns_program *program, error_text *error) {
+muonshard_status newton_schulz_compile(const settings *s, muonshard_dtype param, bool device,
+                                       int64_t m, int64_t n, ns_program *program,
+                                       error_text *error) {
     FAIL_IF(m < 1 || m > n, error, MUONSHARD_ERR_INTERNAL, "Newton-Schulz of %lld x %lld",
             (long long)m, (long long)n);
     FAIL_IF(n > INT32_MAX, error, MUONSHARD_ERR_UNSUPPORTED,
@@ -201,5 +202,5 @@ muonshard_status newton_schulz_compile(const settings *s, muonshard_dtype param,
     *program = (ns_program){.dtype = dtype, .square_dtype = dtype};
     compile_standard(s, rows, program);
     return s->ns_form == NS_FORM_STANDARD ? MUONSHARD_OK
-                                          : consider_gram(s, rows, m, n, program, error);
+                                          : consider_gram(s, rows, device, m, n, program, error);
 }

@@ -19,8 +19,8 @@ bool ownership_alike(const registry *r, size_t a, size_t b) {
            r->tensors[v->tensor].dtype == r->tensors[w->tensor].dtype;
 }
 
-muonshard_status ownership_price(const registry *r, const settings *s, double *cost, double *flops,
-                                 error_text *error) {
+muonshard_status ownership_price(const registry *r, const settings *s, bool device, double *cost,
+                                 double *flops, error_text *error) {
     for (size_t i = 0; i < r->view_count; i++) {
         size_t k = 0;
         while (k < i && !ownership_alike(r, k, i))
@@ -33,9 +33,9 @@ muonshard_status ownership_price(const registry *r, const settings *s, double *c
         }
         const view *v = &r->views[i];
         ns_program program;
-        TRY(newton_schulz_compile(s, r->tensors[v->tensor].dtype, short_side(v), long_side(v),
-                                  &program, error));
-        cost[i] = ns_program_cost(&program, short_side(v), long_side(v));
+        TRY(newton_schulz_compile(s, r->tensors[v->tensor].dtype, device, short_side(v),
+                                  long_side(v), &program, error));
+        cost[i] = ns_program_cost(&program, short_side(v), long_side(v), device);
         if (flops)
             flops[i] = ns_program_flops(&program, short_side(v), long_side(v));
     }

@@ -10,8 +10,8 @@
 bool ownership_alike(const registry *r, size_t a, size_t b);
 /* What each view's Newton-Schulz takes in its form, [view_count]: ns_program_cost, and, unless
  * NULL, ns_program_flops. */
-muonshard_status ownership_price(const registry *r, const settings *s, double *cost, double *flops,
-                                 error_text *error);
+muonshard_status ownership_price(const registry *r, const settings *s, bool device, double *cost,
+                                 double *flops, error_text *error);
 /* owner[v] for each v of `loose` [count], views that are in no whole wave of their tensor (those
  * give every rank the same). round_robin: by turns, shape by shape. balanced: the most costly
  * first, each to the rank with the least so far (longest processing time, Graham 1969). */

@@ -23,7 +23,6 @@ typedef struct builder {
     double *cost; /* own, [view_count]: operations of its Newton-Schulz */
     int *held;    /* own, [world_size]: loose views of the shape under way that a rank has */
     size_t slot_capacity; /* of plan.slots */
-    bool device;          /* batches are computed on one */
     bool sums_fp32;       /* the transport adds up gradients in fp32 itself */
 } builder;
 
@@ -207,7 +206,7 @@ static bool one_batch(const wave *a, const wave *b) {
 static size_t batch_bytes(const builder *b) {
     const size_t gathered = ((size_t)1 << 30) / (size_t)b->p->world_size * 2;
     const size_t device = gathered < (size_t)256 << 20 ? gathered : (size_t)256 << 20;
-    const size_t by_itself = b->device ? device : (size_t)32 << 20;
+    const size_t by_itself = b->p->device ? device : (size_t)32 << 20;
     return b->s->batch_bytes ? (size_t)b->s->batch_bytes : by_itself;
 }
 
@@ -464,12 +463,13 @@ static muonshard_status allocate(builder *b, error_text *error) {
 static muonshard_status build(plan *p, const registry *r, const settings *s, int world_size,
                               bool device, bool whole, error_text *error) {
     *p = (plan){.world_size = world_size,
+                .device = device,
                 .reduces = s->reduce != REDUCE_NONE && world_size > 1,
                 .gathers = world_size > 1};
-    builder b = {.p = p, .r = r, .s = s, .device = device};
+    builder b = {.p = p, .r = r, .s = s};
     muonshard_status status;
     TRY_GOTO(allocate(&b, error), done);
-    TRY_GOTO(ownership_price(r, s, b.cost, NULL, error), done);
+    TRY_GOTO(ownership_price(r, s, device, b.cost, NULL, error), done);
     for (size_t i = 0; i < r->tensor_count; i++)
         if (r->tensors[i].role == MUONSHARD_ROLE_MATRIX)
             TRY_GOTO(make_whole_waves(&b, &r->tensors[i], whole, error), done);

@@ -1,6 +1,6 @@
 /* plan.h - who owns which matrix, what travels together, what is computed together. A pure function
- * of the tensors, the world size, the settings and whether a device computes: every rank computes the same plan, and its hash
- * is compared at commit. */
+ * of the tensors, the world size, the settings and whether a device computes: every rank computes
+ * the same plan, and its hash is compared at commit. */
 #ifndef PLAN_H
 #define PLAN_H
 
@@ -80,6 +80,7 @@ typedef struct plan {
     /* Gradients travel to their owners, and what became of them to everybody: not where there is
      * one rank, nor, the former, where the caller has reduced them. */
     bool reduces, gathers;
+    bool device; /* computes */
     /* arenas a rank; elements */
     size_t matrix_elements, owned_elements, variance_elements, master_elements;
     bool flat_master; /* flat parameters are kept in fp32 beside the caller's */

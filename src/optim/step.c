@@ -473,7 +473,8 @@ static muonshard_status record_segment(muonshard_optimizer *o, size_t first, siz
     return status ? status : from_backend(o, ended);
 }
 
-/* As it is in the first step, when kernels are loaded; recorded in the second, for each of the steps that can be in flight, and replayed from then on. */
+/* As it is in the first step, when kernels are loaded; recorded in the second, for each of the
+ * steps that can be in flight, and replayed from then on. */
 static muonshard_status run_segment(muonshard_optimizer *o, size_t first, size_t end) {
     const size_t segment = (size_t)o->schedule.ops[first].segment * STEPS_IN_FLIGHT;
     const stream_ops *streams = o->backend->streams;

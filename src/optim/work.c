@@ -25,7 +25,8 @@ static muonshard_status plan_batch(muonshard_optimizer *o, const batch *b, batch
         work->owned += plan_slot_view(p, w, o->comm->rank) != PLAN_EMPTY_SLOT;
     }
     TRY(host_array(o, &work->program, 1, sizeof *work->program));
-    TRY(newton_schulz_compile(o->settings, b->dtype, b->m, b->n, work->program, &o->error));
+    TRY(newton_schulz_compile(o->settings, b->dtype, p->device, b->m, b->n, work->program,
+                              &o->error));
     TRY(host_array(o, &work->momentum, work->owned, sizeof *work->momentum));
     TRY(host_array(o, &work->orthogonalize, work->owned, sizeof *work->orthogonalize));
     TRY(host_array(o, &work->variance, work->owned, sizeof *work->variance));
