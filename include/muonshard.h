@@ -401,8 +401,9 @@ typedef struct muonshard_step_args {
     size_t group_count;
     void *stream; /* cudaStream_t on which gradients are ready and parameters will be; NULL: that of
                      muonshard_options */
-    int defer; /* non-zero: return when all is computed and the last all-gather has started; see muonshard_tensor_wait.
-                  On a GPU the stream then waits for no parameters but through that call */
+    int defer;    /* non-zero: return when all is computed and the last all-gather has started; see
+                     muonshard_tensor_wait.    On a GPU the stream then waits for no parameters but
+                     through that call */
 } muonshard_step_args;
 #define MUONSHARD_STEP_ARGS_INIT                                                                   \
     {                                                                                              \
