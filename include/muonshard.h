@@ -402,7 +402,7 @@ typedef struct muonshard_step_args {
     void *stream; /* cudaStream_t on which gradients are ready and parameters will be; NULL: that of
                      muonshard_options */
     int defer;    /* non-zero: return when all is computed and the last all-gather has started; see
-                     muonshard_tensor_wait.    On a GPU the stream then waits for no parameters but
+                     muonshard_tensor_wait. On a GPU the stream then waits for no parameters but
                      through that call */
 } muonshard_step_args;
 #define MUONSHARD_STEP_ARGS_INIT                                                                   \
@@ -508,7 +508,8 @@ typedef struct muonshard_load_result {
     { sizeof(muonshard_load_result), 0, 0, 0, 0, NULL, NULL }
 
 /* Continues from a checkpoint: parameters and all state, on any number of ranks, with any
- * ownership, bucket and batch sizes and backend; with the same ranks and plan, to the bit.
+ * ownership, bucket and batch sizes and backend; with the same ranks and plan, to the bit (on
+ * a GPU with gemm_choice measured: with the same gemm_table).
  * `directory` is a checkpoint, or holds some: then the newest that is complete and undamaged is
  * taken, and a warning names those passed over. After commit; the next step is number result->step
  * + 1. `args` and `result` may be NULL. Collective; one rank's error is everybody's. Nothing

@@ -84,14 +84,12 @@ static muonshard_status run_products(void *user) {
 static muonshard_status measure_products(device_probe *p, double *flops) {
     bench_time few, many;
     make_products(p, MANY_PRODUCTS);
-    const size_t bytes =
-        p->memory->ops->orthogonalize_workspace(p->memory, &p->program, p->side, p->side, 1);
-    TRY(failed(p, p->memory->ops->alloc(p->memory, &p->workspace, bytes)));
     TRY(bench_measure(p->b, run_products, p, &many));
     make_products(p, FEW_PRODUCTS);
     TRY(bench_measure(p->b, run_products, p, &few));
-    *flops = (MANY_PRODUCTS - FEW_PRODUCTS) * 2.0 * pow((double)p->side, 3.0) /
-             fmax(many.min - few.min, 1e-9);
+    if (many.min > few.min)
+        *flops =
+            (MANY_PRODUCTS - FEW_PRODUCTS) * 2.0 * pow((double)p->side, 3.0) / (many.min - few.min);
     return MUONSHARD_OK;
 }
 
@@ -130,6 +128,11 @@ muonshard_status bench_device_measure(bench *b, muonshard_optimizer *o,
     muonshard_status status = failed(&p, p.memory->ops->alloc(p.memory, &p.from, p.bytes));
     if (status == MUONSHARD_OK)
         status = failed(&p, p.memory->ops->alloc(p.memory, &p.to, p.bytes));
+    make_products(&p, MANY_PRODUCTS);
+    if (status == MUONSHARD_OK)
+        status = failed(&p, p.memory->ops->alloc(p.memory, &p.workspace,
+                                                 p.memory->ops->orthogonalize_workspace(
+                                                     p.memory, &p.program, p.side, p.side, 1)));
     if (status == MUONSHARD_OK)
         status = fill(&p);
     status = command_agree(b->cmd, status, b->message);

@@ -9,6 +9,8 @@ enum { MOST_ROWS = 65536, MOST_COLS = 262144, MOST_COUNT = 100000 };
 
 static bool read_one(const char **at, bench_shape *s) {
     char *end;
+    if (strspn(*at, "0123456789x,") != strlen(*at)) /* spaces and signs are numbers to strtoul */
+        return false;
     *s = (bench_shape){.rows = strtoul(*at, &end, 10)};
     if (*end != 'x')
         return false;

@@ -335,8 +335,10 @@ static muonshard_status add_row(const step_case *c, const step_times *t,
                  (long long)c->layers);
     else
         snprintf(name, sizeof name, "%s", b->model->name);
-    const double rs = (double)s->bytes_reduced * share / time_under_way(timeline, "reduce-scatter");
-    const double ag = (double)s->bytes_gathered * share / time_under_way(timeline, "all-gather");
+    const double rs_time = time_under_way(timeline, "reduce-scatter");
+    const double ag_time = time_under_way(timeline, "all-gather");
+    const double rs = rs_time > 0.0 ? (double)s->bytes_reduced * share / rs_time : 0.0;
+    const double ag = ag_time > 0.0 ? (double)s->bytes_gathered * share / ag_time : 0.0;
     const double waited = p->reduce_scatter + p->all_gather;
     const double exposed = waited / time.median;
     const double ns_rate = p->orthogonalize > 0.0 ? t->ns_flops / p->orthogonalize : NAN;
@@ -422,7 +424,7 @@ static muonshard_status prepare(step_case *c) {
             b->message, MUONSHARD_ERR_UNSUPPORTED,
             "%s: expert_parallel is %lld and pipeline_parallel %lld, but a bench is "
             "one data-parallel group; set expert_parallel=1 pipeline_parallel=1",
-            b->model_path, (long long)b->model->expert_parallel,
+            b->shapes ? "--shapes" : b->model_path, (long long)b->model->expert_parallel,
             (long long)b->model->pipeline_parallel);
     if (b->weak)
         TRY(model_file_repeat(b->model, b->cmd->size, b->message));
@@ -456,11 +458,12 @@ static muonshard_status create(step_case *c) {
     const backend *memory = c->optimizer->backend;
     if (memory->streams)
         snprintf(c->device, sizeof c->device, "%s", memory->device_text);
-    TRY(bench_device_measure(b, c->optimizer, &c->ceilings));
     status = add_tensors(c);
     TRY(command_agree(b->cmd, status, b->message));
     status = muonshard_commit(c->optimizer, MUONSHARD_SYNC_CHECK);
-    return failed(c, status, muonshard_last_error(c->optimizer));
+    TRY(failed(c, status, muonshard_last_error(c->optimizer)));
+    /* Now that its products can't get into the file of choices. */
+    return bench_device_measure(b, c->optimizer, &c->ceilings);
 }
 
 muonshard_status bench_read_link(const char *text, double *bandwidth, double *latency,

@@ -45,9 +45,9 @@ static sim_work apply_work_of(const sim_group *g, const batch *b, size_t owned) 
     const bool master = registry_master(g->settings, b->dtype) == MASTER_REPLICATED;
     for (size_t i = 0; i < b->count; i++) {
         const wave *w = &g->plan->waves[b->first + i];
-        const double each = b->gathers_params
-                                ? size_of(w->sent) + size_of(w->dtype)
-                                : size_of(w->sent) + 2.0 * size_of(w->dtype) + (master ? 8.0 : 0.0);
+        const double each = b->gathers_params ? size_of(w->sent) + size_of(w->dtype)
+                                              : size_of(w->sent) + size_of(w->dtype) +
+                                                    (master ? 8.0 : size_of(w->dtype));
         work.bytes += filled_elements(g, w) * each;
         if (b->gathers_params && b->kind == PLAN_MATRICES && i < owned)
             work.bytes -= (double)w->slot * each;

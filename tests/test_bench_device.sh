@@ -27,6 +27,7 @@ run() { # RANKS ARGUMENT...
 for ranks in 1 2 3; do
     check "steps at $ranks ranks" run $ranks step model.yaml -n 2 -w 3 -e 64K -J step.json
     check "they ran on the device" grep -q "backend: cuda" log
+    check "no number is missing" bash -c '! grep -qw -- "-*nan" log'
     check "they are right" grep -qE '"wrong": 0(\.0)?,' step.json
     check "ceilings and rates of the device" grep -qE "^# passes over memory, .*: .*momentum [0-9.]+ [0-9]+ %.* product runs at [0-9]+ GFLOP/s" log
     check "they are written, too" grep -qE '"copy_gbs": [0-9.]+,' step.json

@@ -22,6 +22,7 @@ out=build/gpu results=build/gpu/results
 budget=${MUONSHARD_GPU_BUDGET:-570} trial=${MUONSHARD_GPU_TRIAL-} python=${PYTHON:-python3}
 rm -rf $results
 mkdir -p $out/obj $results/log
+case $budget in '' | *[!0-9]*) echo "MUONSHARD_GPU_BUDGET is \"$budget\", not seconds" >&2; exit 2 ;; esac
 summary=$results/summary.txt
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OPENBLAS_NUM_THREADS=1
 # torch brings libraries of its own: the path it is started with is the one there was.
@@ -29,9 +30,11 @@ paths=${LD_LIBRARY_PATH-}
 [ -z "$trial" ] && export LD_LIBRARY_PATH=$PWD/$out${paths:+:$paths}:$cuda/lib64
 
 keep() { if [ -n "${OUT-}" ]; then cp -r $results/. "$OUT"/; fi; }
+under_way=
+stop() { [ -z "$under_way" ] || kill "$under_way" 2>/dev/null; exit "$1"; }
 trap keep EXIT
-trap 'exit 143' TERM
-trap 'exit 130' INT
+trap 'stop 143' TERM
+trap 'stop 130' INT
 say() { echo "$*" | tee -a $summary; }
 
 mpi_flags=$(mpicc --showme:compile 2>/dev/null || echo)
@@ -57,8 +60,11 @@ part() {
     fi
     ran[$name]=yes
     # shellcheck disable=SC2016 # it is the other shell's
-    timeout -k 5 $((limit < left ? limit : left)) bash -c '"$@"' _ "$@" </dev/null >$results/log/"$name".txt 2>&1
+    timeout -k 5 $((limit < left ? limit : left)) bash -c '"$@"' _ "$@" </dev/null >$results/log/"$name".txt 2>&1 &
+    under_way=$! # a shell that waits hears signals, one that runs a command hears them when it is over
+    wait $under_way
     outcome=$?
+    under_way=
     if [ $outcome -eq 0 ]; then
         say "$(printf 'ok    %4d s  %s  %s' $((SECONDS - from)) "$name" "$(tail -n 1 $results/log/"$name".txt)")"
     else
@@ -129,6 +135,7 @@ ranks_on_card() {
         mpirun --timeout 200 -n "$n" bash -c 'NCCL_HOSTID=r$OMPI_COMM_WORLD_RANK exec "$@"' _ "$@"
 }
 train() { # BACKEND: to the rounding of fp32, as tests/test_train_device.sh has it
+    rm -f $out/train-"$1".jsonl
     $out/muonshard train configs/quickstart.yaml backend="$1" preset=moonlight ns_dtype=fp32 train.steps=10 train.warmup=2 \
         train.eval_every=5 train.log=$out/train-"$1".jsonl data.files='docs/*.md'
 }
@@ -162,7 +169,7 @@ bench_step() { # NAME ARGUMENT...
 }
 # What is set by a model or left to cuBLASLt, beside what else it might be: median of whole steps, us.
 choices() { # SHAPES... WORDS: from "--" on they go to every run
-    local shapes=() keys label shape median
+    local shapes=() keys label shape median wrong=0
     : >"$results/choices.txt"
     while [ "$1" != -- ]; do shapes+=("$1") && shift; done
     shift
@@ -172,12 +179,14 @@ choices() { # SHAPES... WORDS: from "--" on they go to every run
         for shape in "${shapes[@]}"; do
             # shellcheck disable=SC2086 # words they are
             "$muonshard" bench step --shapes "$shape" -n 9 -w 3 -c 0 "$@" backend=cuda preset=torch $keys \
-                -J "$results/choice.json" >/dev/null || return
+                -J "$results/choice.json" >/dev/null || { printf '%-28s %-16s %12s\n' "${label%% gemm_table*}" "$shape" failed >>"$results/choices.txt"; wrong=1; continue; }
             median=$(sed -n 's/.*"step_us": *{"median": *\([0-9.]*\).*/\1/p; /"step_us"/,/}/s/^ *"median": *\([0-9.]*\).*/\1/p' "$results/choice.json" | head -n 1)
+            [ -n "$median" ] || return
             printf '%-28s %-16s %12.1f\n' "${label%% gemm_table*}" "$shape" "$median" | tee -a "$results/choices.txt"
         done
     done
     rm -f "$results/choice.json"
+    return $wrong
 }
 bench_shared() { ranks_on_card 2 "$muonshard" bench step "$@" backend=cuda share_gpu=true preset=torch -n 3 -J "$results/step-shared-2.json"; }
 vs_torch() { # NAME SECONDS ARGUMENT...
@@ -200,7 +209,7 @@ if [ -n "$trial" ]; then
     choice_words=(32x32x4 32x64x3 -- -e 64K)
 else
     torch_words=() step_words=(configs/models/gpt2-124m.yaml) shared_words=(--shapes 768x768x6,768x3072x3) bytes=256M
-    choice_words=(768x768x48 768x3072x24 4096x4096x1 2048x7168x24 --)
+    choice_words=(768x768x48 768x3072x24 4096x4096x1 2048x7168x24 -- -e 16M)
 fi
 muonshard=${trial:-$out/muonshard}
 export muonshard
@@ -211,12 +220,13 @@ times() {
     if has_torch; then
         part vs_torch 270 vs_torch vs_torch 170 "${torch_words[@]}"
         [ -f $results/vs_torch.txt ] && cat $results/vs_torch.txt | tee -a $summary
+        keep
     else
         say "SKIPPED        vs_torch: no torch with torch.optim.Muon and CUDA"
     fi
     part step_gpt2 60 bench_step gpt2 "${step_words[@]}"
-    part step_gpt2_auto 60 bench_step gpt2-auto "${step_words[@]}" -c 0 ns_form=auto
-    part choices 120 choices "${choice_words[@]}"
+    part step_gpt2_fp16 60 bench_step gpt2-fp16 "${step_words[@]}" -c 0 ns_form=gram ns_dtype=fp16
+    part choices 150 choices "${choice_words[@]}"
     [ -f $results/choices.txt ] && cat $results/choices.txt >>$summary
     [ "$nccl" = yes ] && part step_shared_2 60 bench_shared "${shared_words[@]}"
     part calibrate 60 "$muonshard" bench --calibrate $results/machine.yaml -n 5 -w 1 -e $bytes backend=cuda
