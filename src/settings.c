@@ -229,8 +229,8 @@ const muonshard_param settings_table[] = {
            "come out otherwise the next time, unless gemm_table keeps it."),
     TEXT("gemm_table", gemm_table, "",
          "File of chosen algorithms, read at commit and written when there are new ones; %r "
-         "becomes "
-         "the rank; it is of one gemm_choice, one kind of GPU and one version of cuBLASLt. Empty: "
+         "becomes the rank; it is of one gemm_choice, one kind of GPU and one version of cuBLASLt. "
+         "Empty: "
          "none."),
     INT("symmetric_panels", symmetric_panels, "0", 0, 16,
         "Panels a symmetric product is made of on a GPU, each up to the diagonal; 1: whole; 0: as "
@@ -243,9 +243,8 @@ const muonshard_param settings_table[] = {
     INT("bucket_bytes", bucket_bytes, "26214400", 1, 1099511627776.0,
         "Bytes of gradient a rank sends in one reduce-scatter group; at least one wave."),
     INT("batch_bytes", batch_bytes, "0", 0, 1099511627776.0,
-        "Bytes of updates a rank owns in one Newton-Schulz batch, as fp32; at least one wave. 0: "
-        "32 MiB "
-        "on the host; on a GPU 256 MiB, but at most 2 GiB of all ranks together."),
+        "Bytes of updates a rank owns in one Newton-Schulz batch, as fp32; at least one wave. "
+        "0: 32 MiB on the host; on a GPU 256 MiB, but at most 2 GiB of all ranks together."),
     REAL("timeout", timeout_s, "100", 0.001, 1e6, "Deadline of each wait in a step, seconds."),
     REAL("first_timeout", first_timeout_s, "300", 0.001, 1e6,
          "Deadline of each wait in the first step, seconds."),

@@ -23,6 +23,7 @@ int find_fake(void **state) {
     *(void **)&fake.waits = dlsym(library, "fake_cuda_waits");
     *(void **)&fake.allocations = dlsym(library, "fake_cuda_allocations");
     *(void **)&fake.seed = dlsym(library, "fake_cuda_seed");
+    *(void **)&fake.fast = dlsym(library, "fake_blas_fast");
     *(void **)&fake.blas = dlsym(library, "fake_blas_given");
     *(void **)&runtime.create = dlsym(library, "cudaStreamCreateWithFlags");
     *(void **)&runtime.destroy = dlsym(library, "cudaStreamDestroy");

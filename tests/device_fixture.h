@@ -19,6 +19,7 @@ typedef struct fake_calls {
     long (*allocations)(void);
     void (*seed)(unsigned seed);
     void (*blas)(long *proposals, long *products);
+    void (*fast)(int algorithm);
 } fake_calls;
 extern fake_calls fake;
 

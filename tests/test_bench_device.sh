@@ -39,6 +39,9 @@ median() { awk -v key="\"$1\":" '$1 == key { inside = 1 } inside && $1 == "\"med
 check "time of the call" awk "BEGIN { exit !(0 < $(median host_us) && $(median host_us) < $(median step_us)) }"
 check "a pass of the owner's alone" grep -qE '"update": [0-9.]+' step.json
 check "nothing to copy at one rank" grep -qE '"apply": null' step.json
+check "steps with a file of choices" run 1 step model.yaml -n 1 -w 1 -e 64K gemm_table=table
+check "it has products" grep -qE "^[0-9]+ [0-9]+ [01] " table
+check "none of them is the ceiling's, of 128 x 128" bash -c '! grep -q "^[0-9]* [0-9]* [01] [01] 128 128 128 " table'
 check "calibration" run 2 --calibrate machine.yaml -n 1 -w 0 -e 64K
 for text in "origin: measured" "runs_on: cuda" "collectives: ring" "dtype: tf32" "name: nccl, ranks: 2"; do
     check "the machine file has $text" grep -q "$text" machine.yaml

@@ -72,7 +72,7 @@ static void test_commit_chooses(void **state) {
         }
 }
 
-/* On the fake all algorithms give the same bits; three of each product are tried. */
+/* On the fake all algorithms give the same bits; three of each product are proposed. */
 static void test_by_time(void **state) {
     (void)state;
     for (size_t y = 0; y < sizeof ways / sizeof ways[0]; y++) {
@@ -141,6 +141,45 @@ static void test_a_file_keeps_them(void **state) {
         assert_true(digest_at(n, &setup) == digest);
         assert_int_equal(proposals(), before);
     }
+}
+
+/* A line ends with the number of the algorithm, as the fake has it. */
+static void test_the_fastest_is_taken(void **state) {
+    (void)state;
+    for (int fastest = 0; fastest < 3; fastest++) {
+        char name[16], wanted[8];
+        size_t length, lines = 0;
+        snprintf(name, sizeof name, "fast%d", fastest);
+        snprintf(wanted, sizeof wanted, " %d", fastest);
+        const rig_case setup = few_case(yaml_of(name, ", gemm_choice: measured"));
+        fake.fast(fastest);
+        digest_at(1, &setup);
+        fake.fast(-1);
+        char *text = contents(name, &length), *rest = text;
+        strtok_r(rest, "\n", &rest); /* the head */
+        for (const char *line; (line = strtok_r(NULL, "\n", &rest)); lines++)
+            assert_string_equal(line + strlen(line) - 2, wanted);
+        assert_true(lines > 3);
+        free(text);
+    }
+}
+
+/* A symmetric product by panels is several. */
+static void test_panels_are_products(void **state) {
+    (void)state;
+    long proposed, products[3];
+    for (int panels = 0; panels < 3; panels++) {
+        char yaml[64];
+        long before;
+        snprintf(yaml, sizeof yaml, "{cuda_graphs: false, symmetric_panels: %d}", panels);
+        const rig_case setup = few_case(yaml);
+        fake.blas(&proposed, &before);
+        digest_at(1, &setup);
+        fake.blas(&proposed, &products[panels]);
+        products[panels] -= before;
+    }
+    assert_int_equal(products[0], products[1]); /* so small ones are left whole */
+    assert_true(products[2] > products[1]);
 }
 
 static void test_a_file_grows(void **state) {
@@ -256,6 +295,8 @@ int main(void) {
         cmocka_unit_test(test_commit_chooses),
         cmocka_unit_test(test_by_time),
         cmocka_unit_test(test_a_file_keeps_them),
+        cmocka_unit_test(test_the_fastest_is_taken),
+        cmocka_unit_test(test_panels_are_products),
         cmocka_unit_test(test_a_file_grows),
         cmocka_unit_test(test_other_files_are_refused),
         cmocka_unit_test(test_a_commit_is_tried_again),

@@ -248,11 +248,13 @@ static muonshard_status find_choice(backend *self, const gemm *g, bool by_time, 
     FAIL_IF(!*out, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
     **out = (gemm_choice){.key = key};
     const muonshard_status status = choose(self, *out, g, by_time, workspace);
-    if (status)
+    if (status) {
         gemm_free_choice(*out);
-    else
-        impl->gemms->count++, impl->gemms->added++;
-    return status;
+        return status;
+    }
+    impl->gemms->count++;
+    impl->gemms->added++;
+    return MUONSHARD_OK;
 }
 
 muonshard_status gemm_prepare(backend *self, const gemm *g, void *workspace) {

@@ -23,13 +23,33 @@ __device__ static inline piece piece_of_tile(unsigned k, size_t row, size_t col,
     return p;
 }
 
+/* A tile's elements, one a word. A word more a row: columns are read without conflicts. */
+typedef uint32_t tile_words[SIDE][SIDE + 1];
+
+/* This thread's fours of the tile at (row, col) of src [rows, cols], all of them on the way at a
+ * time, and to their places in the tile. */
+__device__ static inline void load_tile(const void *src, muonshard_dtype dtype, size_t row,
+                                        size_t col, size_t rows, size_t cols, bool aligned,
+                                        quad_bits (&got)[FOURS], tile_words &tile) {
+#pragma unroll
+    for (unsigned k = 0; k < FOURS; k++)
+        got[k] = load_bits(src, dtype, piece_of_tile(k, row, col, rows, cols, aligned));
+#pragma unroll
+    for (unsigned k = 0; k < FOURS; k++) {
+        const unsigned four = k * THREADS + threadIdx.x;
+#pragma unroll
+        for (unsigned j = 0; j < QUAD; j++)
+            tile[four / ACROSS][four % ACROSS * QUAD + j] = one_of(got[k], dtype, j);
+    }
+}
+
 /* use(piece, place, bits) for all of the transpose [cols, rows] of src [rows, cols], through tiles
  * in shared memory: both ways neighbouring threads have neighbouring fours. This block's are those
  * of `part`; `aligned`: that is what `use` writes. */
 template <typename Use>
 __device__ static void turn(const void *src, muonshard_dtype dtype, size_t rows, size_t cols,
                             unsigned part, bool aligned, Use use) {
-    __shared__ uint32_t tile[SIDE][SIDE + 1]; /* of one element each */
+    __shared__ tile_words tile;
     const bool whole_in = is_aligned(src, dtype) && cols % QUAD == 0;
     const bool whole_out = aligned && rows % QUAD == 0;
     const size_t across = (cols + SIDE - 1) / SIDE, tiles = across * ((rows + SIDE - 1) / SIDE);
@@ -37,16 +57,7 @@ __device__ static void turn(const void *src, muonshard_dtype dtype, size_t rows,
     for (size_t t = tiles * part / gridDim.x; t < end; t++) {
         const size_t row = t / across * SIDE, col = t % across * SIDE;
         quad_bits got[FOURS];
-#pragma unroll
-        for (unsigned k = 0; k < FOURS; k++)
-            got[k] = load_bits(src, dtype, piece_of_tile(k, row, col, rows, cols, whole_in));
-#pragma unroll
-        for (unsigned k = 0; k < FOURS; k++) {
-            const unsigned four = k * THREADS + threadIdx.x;
-#pragma unroll
-            for (unsigned j = 0; j < QUAD; j++)
-                tile[four / ACROSS][four % ACROSS * QUAD + j] = one_of(got[k], dtype, j);
-        }
+        load_tile(src, dtype, row, col, rows, cols, whole_in, got, tile);
         __syncthreads();
 #pragma unroll
         for (unsigned k = 0; k < FOURS; k++) {
@@ -345,7 +356,7 @@ cudaError_t cuda_noise(void *dst, size_t count, float most, ns_dtype dtype, cuda
 /* A tile below the diagonal, or on it, a block: turned, it takes the place of the one above. */
 template <muonshard_dtype Dtype>
 __global__ static void mirror_kernel(char *a, size_t m, float alpha, char *shifted) {
-    __shared__ uint32_t tile[SIDE][SIDE + 1]; /* of one element each */
+    __shared__ tile_words tile;
     const size_t row = (size_t)blockIdx.x * SIDE, col = (size_t)blockIdx.y * SIDE;
     if (col > row)
         return;
@@ -353,18 +364,11 @@ __global__ static void mirror_kernel(char *a, size_t m, float alpha, char *shift
     char *mine = a + before, *other = shifted + (shifted ? before : 0);
     const bool whole = m % QUAD == 0 && is_aligned(mine, Dtype) && is_aligned(other, Dtype);
     quad_bits got[FOURS];
+    load_tile(mine, Dtype, row, col, m, m, whole, got, tile);
 #pragma unroll
-    for (unsigned k = 0; k < FOURS; k++)
-        got[k] = load_bits(mine, Dtype, piece_of_tile(k, row, col, m, m, whole));
-#pragma unroll
-    for (unsigned k = 0; k < FOURS; k++) {
+    for (unsigned k = 0; shifted && k < FOURS; k++) {
         const unsigned four = k * THREADS + threadIdx.x;
         const unsigned r = four / ACROSS, c = four % ACROSS * QUAD;
-#pragma unroll
-        for (unsigned j = 0; j < QUAD; j++)
-            tile[r][c + j] = one_of(got[k], Dtype, j);
-        if (!shifted)
-            continue;
         if (row == col && r - c < QUAD) {
             quad q = unpack(got[k], Dtype);
 #pragma unroll

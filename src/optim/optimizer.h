@@ -139,6 +139,9 @@ void work_free(muonshard_optimizer *o);
 bool work_variance_by_rows(const settings *s, const view *v);
 /* Where this rank keeps the fp32 copy of the matrix in rank's slot; NULL: it has none. */
 float *work_master(const muonshard_optimizer *o, const wave *w, int rank);
+/* What this rank sends of a wave that is gathered: U, or the parameters it has updated where they
+ * are. An empty slot sends what lies there. */
+const void *work_gathered_from(const muonshard_optimizer *o, const batch *b, const wave *w);
 /* Which element of its tensor a shard's part begins with. */
 size_t work_adam_first(const muonshard_optimizer *o, const adam_item *a);
 /* Parameters into the shard: those that have a master, or those that have none. Returns how many

@@ -308,10 +308,8 @@ static muonshard_status run_apply(muonshard_optimizer *o, const op *operation) {
         return from_backend(o, o->backend->ops->convert(o->backend, &c, work->store,
                                                         work->store_count, STREAM_COMPUTE));
     const wave *flat = &p->waves[b->first];
-    const workspace *m = &o->memory;
-    const char *gathered = p->gathers     ? m->exchange + flat->gather_offset
-                           : m->flat_sent ? m->flat_sent
-                                          : (const char *)m->flat_w;
+    const char *gathered =
+        p->gathers ? o->memory.exchange + flat->gather_offset : work_gathered_from(o, b, flat);
     size_t filled = 0;
     for (size_t i = 0; i < o->registry.tensor_count; i++) {
         const tensor *t = &o->registry.tensors[i];

@@ -233,9 +233,7 @@ static muonshard_status make_bucket(muonshard_optimizer *o, const bucket *b, buc
     return MUONSHARD_OK;
 }
 
-/* What this rank sends of a wave that is gathered: U, or the parameters it has updated where they
- * are. An empty slot sends what lies there. */
-static const void *gathered_from(const muonshard_optimizer *o, const batch *b, const wave *w) {
+const void *work_gathered_from(const muonshard_optimizer *o, const batch *b, const wave *w) {
     const workspace *m = &o->memory;
     if (w->kind == PLAN_FLAT)
         return m->flat_sent ? m->flat_sent : m->flat_w;
@@ -308,7 +306,7 @@ static muonshard_status make_gather(muonshard_optimizer *o, const batch *b, op_s
     for (size_t i = 0; i < b->count; i++) {
         const wave *w = &o->plan.waves[b->first + i];
         const uint8_t *filled = filled_slots(o, w);
-        add_gathered(o, state, gathered_from(o, b, w), w->gather_offset,
+        add_gathered(o, state, work_gathered_from(o, b, w), w->gather_offset,
                      w->slot * dtype_size(w->sent), filled, w->compact_gather);
         if (factors)
             add_gathered(o, state, m->factors + w->variance_offset, w->factor_offset,

@@ -4,7 +4,9 @@
 #include <cublasLt.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "dtype_bits.h"
@@ -36,6 +38,7 @@ struct preference {
 enum { ALGORITHM_MARK = 6, ALGORITHM_NUMBER = 7 };
 constexpr uint64_t MARK = 0x616c676f;
 std::atomic<long> proposed, products;
+std::atomic<int> fast{-1}; /* the only algorithm that doesn't take a while; below 0: all */
 
 float tf32(float x) {
     return float_of(nearest(bits_of(x), 13) << 13);
@@ -294,7 +297,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         if ((uintptr_t)operands[i] % counted_on.bytes[i])
             return CUBLAS_STATUS_INVALID_VALUE;
     products++;
+    const int number = (int)algorithm->data[ALGORITHM_NUMBER];
     const cudaError_t status = fake_enqueue(stream, [=] {
+        if (fast >= 0 && number != fast)
+            std::this_thread::sleep_for(std::chrono::microseconds(500));
         memset(workspace, 0xff, bytes < 4096 ? bytes : 4096);
         multiply(o, la, lb, lc, ld, scale, more, a, b, c, d);
     });
@@ -304,6 +310,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
 void fake_blas_given(long *proposals, long *multiplications) {
     *proposals = proposed;
     *multiplications = products;
+}
+
+void fake_blas_fast(int number) {
+    fast = number;
 }
 
 } // extern "C"
