@@ -1,9 +1,10 @@
 # libmuonshard_cuda: the CUDA backend and the NCCL communicator, opened at run time. Its own copies of the few core files
 # it needs make it stand alone.
 set(MUONSHARD_CUDA_HOST
-  src/kernels/cuda.c src/kernels/cuda_gemm.c src/kernels/cuda_gemm_table.c src/kernels/cuda_orthogonalize.c src/kernels/cuda_plugin.c src/comm/nccl.c
+  src/kernels/cuda.c src/kernels/cuda_gemm.c src/kernels/cuda_gemm_table.c src/kernels/cuda_tiles.c src/kernels/cuda_tile_product.c src/kernels/cuda_orthogonalize.c src/kernels/cuda_plugin.c src/comm/nccl.c
   src/comm/comm.c src/status.c src/dtype.c src/kernels/program.c src/kernels/cuda_layout.c)
-set(MUONSHARD_CUDA_KERNELS src/kernels/cuda_elementwise.cu src/kernels/cuda_sums.cu src/kernels/cuda_normalize.cu)
+set(MUONSHARD_CUDA_KERNELS src/kernels/cuda_elementwise.cu src/kernels/cuda_sums.cu src/kernels/cuda_normalize.cu
+  src/kernels/cuda_tile_kernel.cu)
 list(TRANSFORM MUONSHARD_CUDA_HOST PREPEND ${PROJECT_SOURCE_DIR}/)
 list(TRANSFORM MUONSHARD_CUDA_KERNELS PREPEND ${PROJECT_SOURCE_DIR}/)
 
@@ -29,9 +30,10 @@ message(STATUS "libmuonshard_cuda: ${MUONSHARD_CUDA_FOUND}")
 
 # Contraction is off as everywhere: element-wise results are the host's to the bit.
 set(MUONSHARD_NVCC_FLAGS -std=c++17 -O3 -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wall
-  -I${PROJECT_SOURCE_DIR}/include -I${PROJECT_SOURCE_DIR}/src
-  -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_89,code=sm_89
-  -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_90,code=compute_90)
+  -I${PROJECT_SOURCE_DIR}/include -I${PROJECT_SOURCE_DIR}/src)
+set(MUONSHARD_NVCC_HOPPER -gencode=arch=compute_90a,code=sm_90a)
+set(MUONSHARD_NVCC_ALL -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_89,code=sm_89
+  ${MUONSHARD_NVCC_HOPPER} -gencode=arch=compute_90,code=compute_90)
 
 if(MUONSHARD_CUDA_FOUND AND NOT MUONSHARD_CUDA STREQUAL "OFF" AND NOT MUONSHARD_SANITIZE)
   file(GLOB headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/*.h ${PROJECT_SOURCE_DIR}/src/kernels/*.h
@@ -40,7 +42,11 @@ if(MUONSHARD_CUDA_FOUND AND NOT MUONSHARD_CUDA STREQUAL "OFF" AND NOT MUONSHARD_
   foreach(source ${MUONSHARD_CUDA_KERNELS})
     get_filename_component(name ${source} NAME_WE)
     set(object ${PROJECT_BINARY_DIR}/${name}.cu.o)
-    add_custom_command(OUTPUT ${object} COMMAND ${NVCC} ${MUONSHARD_NVCC_FLAGS} -c ${source} -o ${object}
+    set(architectures ${MUONSHARD_NVCC_ALL})
+    if(name STREQUAL "cuda_tile_kernel")
+      set(architectures ${MUONSHARD_NVCC_HOPPER})
+    endif()
+    add_custom_command(OUTPUT ${object} COMMAND ${NVCC} ${MUONSHARD_NVCC_FLAGS} ${architectures} -c ${source} -o ${object}
       DEPENDS ${source} ${headers} COMMENT "nvcc ${name}.cu" VERBATIM)
     list(APPEND objects ${object})
   endforeach()

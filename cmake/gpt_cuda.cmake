@@ -6,7 +6,7 @@ set(GPT_CUDA_KERNELS ${PROJECT_SOURCE_DIR}/launch/gpt/gpt_cuda_kernels.cu)
 if(MUONSHARD_CUDA_FOUND AND NOT MUONSHARD_CUDA STREQUAL "OFF" AND NOT MUONSHARD_SANITIZE)
   file(GLOB headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/launch/gpt/*.h ${PROJECT_SOURCE_DIR}/launch/gpt/*.cuh)
   set(object ${PROJECT_BINARY_DIR}/gpt_cuda_kernels.cu.o)
-  add_custom_command(OUTPUT ${object} COMMAND ${NVCC} ${MUONSHARD_NVCC_FLAGS} -c ${GPT_CUDA_KERNELS} -o ${object}
+  add_custom_command(OUTPUT ${object} COMMAND ${NVCC} ${MUONSHARD_NVCC_FLAGS} ${MUONSHARD_NVCC_ALL} -c ${GPT_CUDA_KERNELS} -o ${object}
     DEPENDS ${GPT_CUDA_KERNELS} ${headers} COMMENT "nvcc gpt_cuda_kernels.cu" VERBATIM)
   add_library(muonshard_gpt_cuda MODULE ${GPT_CUDA_HOST} ${object})
   target_include_directories(muonshard_gpt_cuda PRIVATE ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/launch/gpt)

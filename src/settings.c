@@ -223,10 +223,15 @@ const muonshard_param settings_table[] = {
     BOOL("cuda_graphs", cuda_graphs, "true",
          "What a GPU computes between two collectives, or up to where parameters are applied, is "
          "launched as one CUDA graph."),
+    CHOICE("gemm_kernels", gemm_kernels, "cublaslt", "cublaslt|hopper",
+           "Whose kernels multiply in Newton-Schulz on a GPU. hopper: 16-bit products of matrices "
+           "whose sides are multiples of 8 through a kernel of ours for sm_90, which makes half of "
+           "a symmetric result; not measured on a card yet. All others, and cublaslt: cuBLASLt."),
     CHOICE("gemm_choice", gemm_choice, "proposed", "proposed|measured",
-           "Which of cuBLASLt's algorithms multiplies in Newton-Schulz, chosen once a shape, at "
-           "commit: the first it proposes, or the fastest of those, which takes seconds and may "
-           "come out otherwise the next time, unless gemm_table keeps it."),
+           "Which of cuBLASLt's algorithms multiplies in Newton-Schulz, and how products of our "
+           "own kernel are cut, chosen once a shape, at commit: the first it proposes and what a "
+           "model has, or the fastest of those, which takes seconds and may come out otherwise "
+           "the next time, unless gemm_table keeps it."),
     TEXT("gemm_table", gemm_table, "",
          "File of chosen algorithms, read at commit and written when there are new ones; %r "
          "becomes the rank; it is of one gemm_choice, one kind of GPU and one version of cuBLASLt. "

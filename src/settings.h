@@ -117,7 +117,8 @@ typedef struct settings {
     int share_gpu;     /* ranks may share a device */
     int deterministic; /* over NCCL: sums in rank order */
     int cuda_graphs;
-    int gemm_choice; /* 1: measured */
+    int gemm_kernels; /* 1: our own for Hopper */
+    int gemm_choice;  /* 1: measured */
     const char *gemm_table;
     int64_t symmetric_panels; /* 0: auto */
     int64_t threads;          /* 0: auto */

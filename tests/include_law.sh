@@ -17,7 +17,7 @@ src/comm/mpi*              | include/muonshard.h BASE src/comm/* src/kernels/bac
 src/comm/nccl*             | include/muonshard.h BASE src/comm/* src/kernels/backend.h src/kernels/plugin.h SYSTEM <nccl.h> <cuda*>
 src/comm/*                 | include/muonshard.h BASE src/comm/* src/kernels/backend.h SYSTEM
 src/kernels/cuda_plugin.c  | include/muonshard.h BASE src/kernels/* src/comm/nccl_comm.h
-src/kernels/cuda*          | include/muonshard.h BASE src/kernels/* SYSTEM <cu*> <nvtx*> tests/fake_cuda/cuda_emulation.h
+src/kernels/cuda*          | include/muonshard.h BASE src/kernels/* SYSTEM <cu*> <nvtx*> tests/fake_cuda/*_emulation.h
 src/kernels/host*          | include/muonshard.h BASE src/kernels/* SYSTEM <cblas.h>
 src/kernels/*              | include/muonshard.h BASE src/kernels/* SYSTEM
 src/settings.h             | include/muonshard.h BASE SYSTEM src/kernels/backend.h

@@ -348,12 +348,12 @@ muonshard_status test_backend_open(backend **out, error_text *error) {
         return backend_open_host((host_options){.isa = host_isa_detect(), .threads = 2}, out,
                                  error);
     const char *panels = getenv("MUONSHARD_TEST_PANELS");
+    const cuda_options options = {.panels = panels ? atoi(panels) : 0,
+                                  .tiles = getenv("MUONSHARD_TEST_TILES") != NULL};
     backend *self = calloc(1, sizeof *self);
     mirror *m = calloc(1, sizeof *m);
     muonshard_status status =
-        self && m ? backend_open_cuda((cuda_options){.panels = panels ? atoi(panels) : 0},
-                                      &m->inner, error)
-                  : MUONSHARD_ERR_MEMORY;
+        self && m ? backend_open_cuda(options, &m->inner, error) : MUONSHARD_ERR_MEMORY;
     if (status) {
         free(self);
         free(m);

@@ -54,6 +54,8 @@ static const char *const ways[] = {"",
                                    "symmetric_panels: 2",
                                    "{symmetric_panels: 3, ns_dtype: bf16}",
                                    "{gather: params, variance: normuon}",
+                                   "{gemm_kernels: hopper, ns_dtype: bf16}",
+                                   "{gemm_kernels: hopper, ns_dtype: fp16, norm: aol}",
                                    "coefficients: simple"};
 
 static void test_commit_chooses(void **state) {
@@ -248,15 +250,15 @@ static void test_other_files_are_refused(void **state) {
     write_file("wrong", wrong, length);
     expect(yaml_of("wrong", ""), (refusal){MUONSHARD_ERR_CONFIG, "line 2 is not a product"});
     memcpy(wrong, right, length);
-    memcpy(wrong + (head_end - right), "9", 1);
+    memcpy(wrong + (head_end - right) + 4, "9", 1); /* the type of its operands */
     write_file("wrong", wrong, length);
-    expect(yaml_of("wrong", ""), (refusal){MUONSHARD_ERR_CONFIG, "line 2: cuBLASLt does not take"});
+    expect(yaml_of("wrong", ""), (refusal){MUONSHARD_ERR_CONFIG, "line 2: this product cannot"});
     char *mark = strstr(right, "616c676f"); /* what the fake knows its algorithms by */
     assert_non_null(mark);
     memcpy(wrong, right, length);
     wrong[mark - right] ^= 1;
     write_file("wrong", wrong, length);
-    expect(yaml_of("wrong", ""), (refusal){MUONSHARD_ERR_CONFIG, "does not take this algorithm"});
+    expect(yaml_of("wrong", ""), (refusal){MUONSHARD_ERR_CONFIG, "cannot be made so"});
     memcpy(wrong, right, length);
     wrong[length / 2] = 0;
     write_file("wrong", wrong, length);

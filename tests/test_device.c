@@ -56,8 +56,12 @@ static void run_ahead(rig *r, outcome *out) {
 
 static void test_steps_run_ahead(void **state) {
     (void)state;
-    static const char *const yamls[] = {"", "cuda_graphs: false", "deterministic: true",
-                                        "gather: params", "variance: normuon"};
+    static const char *const yamls[] = {"",
+                                        "cuda_graphs: false",
+                                        "deterministic: true",
+                                        "gather: params",
+                                        "variance: normuon",
+                                        "{gemm_kernels: hopper, ns_dtype: bf16}"};
     const int live = fake.live();
     for (size_t y = 0; y < sizeof yamls / sizeof yamls[0]; y++)
         for (int n = 1; n <= 3; n++) {
@@ -82,7 +86,8 @@ static void test_steps_run_ahead(void **state) {
 static void test_graphs_change_no_bit(void **state) {
     (void)state;
     static const char *const how[] = {"preset: jordan", "{preset: speedrun, clip_norm: 3}",
-                                      "{preset: gram, ns_form: gram}", "{preset: optax}"};
+                                      "{preset: gram, ns_form: gram}", "{preset: optax}",
+                                      "{preset: gram, gemm_kernels: hopper}"};
     for (size_t y = 0; y < sizeof how / sizeof how[0]; y++) {
         char without[128];
         const size_t length = strlen(how[y]);

@@ -359,6 +359,7 @@ static void cuda_destroy(backend *self) {
     free_segments(impl);
     free_stamps(impl);
     gemm_table_free(impl->gemms);
+    tile_products_close(self);
     if (impl->blas)
         cublasLtDestroy(impl->blas);
     cudaFree(impl->scratch);
@@ -513,6 +514,8 @@ muonshard_status cuda_open(cuda_options options, backend **out, error_text *erro
     muonshard_status status = describe_device(self, error);
     if (status == MUONSHARD_OK) {
         status = open_streams(self, options.share);
+        if (status == MUONSHARD_OK && options.tiles)
+            status = tile_products_open(self, !options.deterministic);
         if (status)
             fail(error, status, "%s", self->error.text);
     }

@@ -20,6 +20,7 @@ typedef struct cuda_impl {
     int processors;                     /* multiprocessors of the device */
     char model[48];                     /* of the device: name and architecture */
     int panels;                         /* of symmetric products; 0: as many as pay */
+    struct tile_products *tiles;        /* own; NULL: all products are cuBLASLt's */
     double *scratch;                    /* own, device, of the compute stream */
     cudaEvent_t *stamps;                /* own, [stamp_count] */
     size_t stamp_count;
@@ -86,6 +87,38 @@ muonshard_status gemm_run(backend *self, const gemm *g, void *workspace);
  * run, into dst, and the fastest is taken: waits for the device. */
 muonshard_status gemm_prepare(backend *self, const gemm *g, void *workspace);
 void gemm_table_free(gemm_table *table);
+
+/* ---- cuda_tile_product.c: products through a kernel of ours, see cuda_tiles.h ---- */
+
+/* Which matrices of a batch: those of items that lie as they are oriented, or turned. */
+typedef enum tile_which { TILE_ALL, TILE_UPRIGHT, TILE_TURNED } tile_which;
+
+/* dst [rows, cols] = alpha a b^T + beta c of 16-bit matrices, row-major; a [rows, depth], or [depth,
+ * rows] where it is turned; b [cols, depth] or [depth, cols]. Symmetric: rows and cols are alike,
+ * a b^T is symmetric but for rounding, and dst equals its transpose to the bit. shifted = dst +
+ * gamma I, unless it is NULL. a_turned goes with b_turned and no other way. */
+typedef struct tile_product {
+    ns_dtype dtype;
+    int64_t rows, cols, depth;
+    bool symmetric, a_turned, b_turned;
+    float alpha, beta, gamma;
+    gemm_matrices a, b, c;
+    gemm_matrices dst, shifted; /* are written */
+    const orthogonalize_item *items;
+    size_t count; /* of items */
+    tile_which which;
+} tile_product;
+
+/* ERR_CONFIG: the device has not the instructions; ERR_UNAVAILABLE: nor the driver. `may_cut`: see
+ * tile_cuts. */
+muonshard_status tile_products_open(backend *self, bool may_cut);
+void tile_products_close(backend *self);
+/* TMA takes rows and starts that are multiples of 16 bytes. */
+bool tile_takes(const backend *self, const ns_program *program, int64_t m, int64_t n, size_t count);
+bool tile_takes_address(gemm_matrices m);
+/* As gemm_run and gemm_prepare. */
+muonshard_status tile_run(backend *self, const tile_product *t, void *workspace);
+muonshard_status tile_prepare(backend *self, const tile_product *t, void *workspace);
 
 /* ---- cuda_gemm_table.c ---- see choices of stream_ops */
 

@@ -129,6 +129,14 @@ static cublasStatus_t multiply(const cuda_impl *impl, const gemm_choice *c,
         workspace, GEMM_WORKSPACE, impl->streams[STREAM_COMPUTE]);
 }
 
+gemm_choice *gemm_find(const cuda_impl *impl, const gemm_key *key) {
+    const gemm_table *t = impl->gemms;
+    for (size_t i = 0; t && i < t->count; i++)
+        if (memcmp(&t->choices[i].key, key, sizeof *key) == 0)
+            return &t->choices[i];
+    return NULL;
+}
+
 gemm_choice *gemm_next_choice(cuda_impl *impl) {
     if (!impl->gemms)
         impl->gemms = calloc(1, sizeof *impl->gemms);
@@ -146,29 +154,28 @@ gemm_choice *gemm_next_choice(cuda_impl *impl) {
 
 /* ---- choosing ---- */
 
-/* Milliseconds of one run, of the best of a few; an algorithm that can't run takes for ever. */
-static muonshard_status time_of(backend *self, const gemm_choice *c,
-                                const cublasLtMatmulAlgo_t *algorithm, const gemm *g,
-                                void *workspace, cudaEvent_t from, cudaEvent_t to, float *ms) {
-    const cuda_impl *impl = cuda_of(self);
+/* Milliseconds of one run, of the best of a few; what can't run takes for ever. */
+static muonshard_status time_of(backend *self, bool (*run)(const void *context, int i),
+                                const void *context, int i, cudaEvent_t from, cudaEvent_t to,
+                                float *ms) {
+    cudaStream_t stream = cuda_of(self)->streams[STREAM_COMPUTE];
     *ms = INFINITY;
-    for (int i = 0; i < 1 + TIMED_RUNS; i++) {
-        float run = INFINITY;
-        TRY_CUDA(self, cudaEventRecord(from, impl->streams[STREAM_COMPUTE]));
-        if (multiply(impl, c, algorithm, g, workspace) != CUBLAS_STATUS_SUCCESS)
+    for (int n = 0; n < 1 + TIMED_RUNS; n++) {
+        float one = INFINITY;
+        TRY_CUDA(self, cudaEventRecord(from, stream));
+        if (!run(context, i))
             return MUONSHARD_OK;
-        TRY_CUDA(self, cudaEventRecord(to, impl->streams[STREAM_COMPUTE]));
-        TRY_CUDA(self, cudaStreamSynchronize(impl->streams[STREAM_COMPUTE]));
-        TRY_CUDA(self, cudaEventElapsedTime(&run, from, to));
-        if (i > 0 && run < *ms) /* the first loads code */
-            *ms = run;
+        TRY_CUDA(self, cudaEventRecord(to, stream));
+        TRY_CUDA(self, cudaStreamSynchronize(stream));
+        TRY_CUDA(self, cudaEventElapsedTime(&one, from, to));
+        if (n > 0 && one < *ms) /* the first loads code */
+            *ms = one;
     }
     return MUONSHARD_OK;
 }
 
-static muonshard_status measure(backend *self, const gemm_choice *c,
-                                const cublasLtMatmulHeuristicResult_t *results, int found,
-                                const gemm *g, void *workspace, int *best) {
+muonshard_status gemm_fastest(backend *self, bool (*run)(const void *context, int i),
+                              const void *context, int count, int *best) {
     cudaEvent_t from = NULL, to = NULL;
     float fastest = INFINITY;
     muonshard_status status = MUONSHARD_OK;
@@ -178,10 +185,9 @@ static muonshard_status measure(backend *self, const gemm_choice *c,
     if (code != cudaSuccess)
         status = cuda_failed(self, code, "cudaEventCreate");
     *best = 0;
-    for (int i = 0; i < found && status == MUONSHARD_OK; i++) {
+    for (int i = 0; i < count && status == MUONSHARD_OK; i++) {
         float ms = INFINITY;
-        if (results[i].state == CUBLAS_STATUS_SUCCESS)
-            status = time_of(self, c, &results[i].algo, g, workspace, from, to, &ms);
+        status = time_of(self, run, context, i, from, to, &ms);
         if (ms < fastest) {
             fastest = ms;
             *best = i;
@@ -194,6 +200,21 @@ static muonshard_status measure(backend *self, const gemm_choice *c,
     return status;
 }
 
+typedef struct proposed {
+    const cuda_impl *impl;
+    const gemm_choice *choice;
+    const cublasLtMatmulHeuristicResult_t *results;
+    const gemm *product;
+    void *workspace;
+} proposed;
+
+static bool run_proposed(const void *context, int i) {
+    const proposed *p = context;
+    return p->results[i].state == CUBLAS_STATUS_SUCCESS &&
+           multiply(p->impl, p->choice, &p->results[i].algo, p->product, p->workspace) ==
+               CUBLAS_STATUS_SUCCESS;
+}
+
 static muonshard_status choose(backend *self, gemm_choice *c, const gemm *g, bool by_time,
                                void *workspace) {
     cublasLtMatmulHeuristicResult_t results[CANDIDATES];
@@ -203,8 +224,9 @@ static muonshard_status choose(backend *self, gemm_choice *c, const gemm *g, boo
         code = propose(cuda_of(self)->blas, c, results, by_time ? CANDIDATES : 1, &found);
     if (code != CUBLAS_STATUS_SUCCESS)
         return blas_failed(self, code, &c->key);
+    const proposed all = {cuda_of(self), c, results, g, workspace};
     if (found > 1)
-        TRY(measure(self, c, results, found, g, workspace, &best));
+        TRY(gemm_fastest(self, run_proposed, &all, found, &best));
     c->algorithm = results[best].algo;
     return MUONSHARD_OK;
 }
@@ -239,11 +261,9 @@ static muonshard_status find_choice(backend *self, const gemm *g, bool by_time, 
                                     gemm_choice **out) {
     cuda_impl *impl = cuda_of(self);
     const gemm_key key = key_of(g);
-    for (size_t i = 0; impl->gemms && i < impl->gemms->count; i++) {
-        *out = &impl->gemms->choices[i];
-        if (memcmp(&(*out)->key, &key, sizeof key) == 0)
-            return MUONSHARD_OK;
-    }
+    *out = gemm_find(impl, &key);
+    if (*out)
+        return MUONSHARD_OK;
     *out = gemm_next_choice(impl);
     FAIL_IF(!*out, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
     **out = (gemm_choice){.key = key};

@@ -13,7 +13,7 @@ enum { WORDS = sizeof(cublasLtMatmulAlgo_t) / sizeof(uint64_t) };
 _Static_assert(sizeof(gemm_key) == KEY_NUMBERS * sizeof(int64_t), "a key is int64_t throughout");
 
 static int head(const backend *self, char *text, size_t size) {
-    return snprintf(text, size, "muonshard gemm table 1, %s, cuBLASLt %zu, %s\n",
+    return snprintf(text, size, "muonshard gemm table 2, %s, cuBLASLt %zu, %s\n",
                     cuda_of(self)->measures_gemms ? "measured" : "proposed", cublasLtGetVersion(),
                     cuda_of(self)->model);
 }
@@ -68,20 +68,25 @@ static bool parse(const char *text, const char *end, gemm_choice *c) {
     return after == end;
 }
 
-/* Where the product is in the table; at its end: nowhere. */
-static size_t find(const gemm_table *table, const gemm_key *key) {
-    size_t i = 0;
-    while (i < table->count && memcmp(&table->choices[i].key, key, sizeof *key) != 0)
-        i++;
-    return i;
+/* A product of ours, and a way to cut it. */
+static bool is_cut(const gemm_choice *c, int processors) {
+    const uint64_t *words = c->algorithm.data;
+    bool sound = (c->key.operands == GEMM_BF16 || c->key.operands == GEMM_FP16) &&
+                 (words[0] == TILE_UNIT || words[0] == TILE_UNIT / 2) &&
+                 words[1] <= (uint64_t)processors;
+    for (int i = 2; i < WORDS; i++)
+        sound = sound && words[i] == 0;
+    return sound;
 }
 
-static bool is_usable(cublasLtHandle_t blas, gemm_choice *c) {
+static bool is_usable(const cuda_impl *impl, gemm_choice *c) {
     cublasLtMatmulHeuristicResult_t result;
+    if (c->key.tiles)
+        return is_cut(c, impl->processors);
     return c->key.operands >= GEMM_FP32 && c->key.operands <= GEMM_FP64 &&
            c->key.stored >= GEMM_FP32 && c->key.stored <= GEMM_FP64 &&
            gemm_describe(c) == CUBLAS_STATUS_SUCCESS &&
-           cublasLtMatmulAlgoCheck(blas, c->operation, c->layouts[GEMM_B], c->layouts[GEMM_A],
+           cublasLtMatmulAlgoCheck(impl->blas, c->operation, c->layouts[GEMM_B], c->layouts[GEMM_A],
                                    gemm_layout_of_c(c), c->layouts[GEMM_DST], &c->algorithm,
                                    &result) == CUBLAS_STATUS_SUCCESS &&
            result.workspaceSize <= GEMM_WORKSPACE;
@@ -103,16 +108,16 @@ muonshard_status gemm_table_read(backend *self, const char *text) {
         FAIL_IF(!c, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
         FAIL_IF(!parse(text, end, c) || *end != '\n', &self->error, MUONSHARD_ERR_CONFIG,
                 "line %d is not a product", number);
-        const size_t known = find(impl->gemms, &c->key);
+        const gemm_choice *known = gemm_find(impl, &c->key);
         text = end + 1;
-        if (known < before)
+        if (known && known < impl->gemms->choices + before)
             continue;
-        FAIL_IF(known < impl->gemms->count, &self->error, MUONSHARD_ERR_CONFIG,
+        FAIL_IF(known, &self->error, MUONSHARD_ERR_CONFIG,
                 "line %d has the product of a line before", number);
-        if (!is_usable(impl->blas, c)) {
+        if (!is_usable(impl, c)) {
             gemm_free_choice(c);
             return fail(&self->error, MUONSHARD_ERR_CONFIG,
-                        "line %d: cuBLASLt does not take this algorithm for this product", number);
+                        "line %d: this product cannot be made so", number);
         }
         impl->gemms->count++;
     }

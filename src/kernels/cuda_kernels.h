@@ -58,13 +58,13 @@ cudaError_t cuda_spectral_factors(double eps, const double *logs, size_t count, 
 /* a = diag(factors) gram diag(factors) */
 cudaError_t cuda_store_gram(const double *gram, const double *factors, size_t count, int64_t m,
                             ns_dtype dtype, void *a, cudaStream_t stream);
-/* x = diag(factors) times the items' matrices, oriented; multiplied in fp64, rounded once to fp32
- * and from there to the dtype. */
+/* x = diag(factors) times the items' matrices, oriented if `orients`, else as they lie; multiplied
+ * in fp64, rounded once to fp32 and from there to the dtype. */
 cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
-                         const double *factors, ns_dtype dtype, void *x, cudaStream_t stream);
-/* To where the items want it, as `wanted`. */
+                         bool orients, const double *factors, ns_dtype dtype, void *x, cudaStream_t stream);
+/* To where the items want it, as `wanted`; x is oriented, or not. */
 cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
-                           ns_dtype dtype, const void *x, muonshard_dtype wanted,
+                           bool oriented, ns_dtype dtype, const void *x, muonshard_dtype wanted,
                            cudaStream_t stream);
 /* Elements above the diagonal of a [count, m, m] become those below it; and, unless it is NULL,
  * shifted [count, m, m] = a + alpha I. */

@@ -130,74 +130,79 @@ cudaError_t cuda_load_fp64(const orthogonalize_item *items, size_t count, int64_
 }
 
 /* Items and parts from the last to the first, within a launch: momentum has written U from the
- * first to the last, so that what comes last is still in the cache. */
+ * first to the last, so that what comes last is still in the cache. The factors are those of rows
+ * as they are oriented, of columns where such an item is stored as it lies. */
 template <muonshard_dtype Dtype>
 __global__ static void store_x_kernel(const __grid_constant__ item_list<orthogonalize_item> list,
-                                      int64_t m, int64_t n, const double *factors, char *x) {
+                                      int64_t m, int64_t n, bool orients, const double *factors,
+                                      char *x) {
     const unsigned item = gridDim.y - 1 - blockIdx.y, part = gridDim.x - 1 - blockIdx.x;
     const orthogonalize_item *it = &list.at[item];
     const size_t elements = (size_t)m * (size_t)n;
     char *to = x + item * elements * (Dtype == MUONSHARD_FP32 ? 4 : 2);
     const double *factor = factors + (size_t)item * (size_t)m;
     const int64_t rows = it->transposed ? n : m, cols = it->transposed ? m : n;
-    each_quad(it->u, MUONSHARD_FP32, (size_t)rows, (size_t)cols, it->transposed, part,
-              is_aligned(to, Dtype), [=](piece p, place_in at, const quad_bits &b) {
+    const bool turns = it->transposed && orients, by_col = it->transposed && !orients;
+    const size_t across = by_col ? (size_t)m : (size_t)n;
+    each_quad(it->u, MUONSHARD_FP32, (size_t)rows, (size_t)cols, turns, part, is_aligned(to, Dtype),
+              [=](piece p, place_in at, const quad_bits &b) {
                   quad q = unpack(b, MUONSHARD_FP32);
-                  double f = factor[at.row];
+                  double f = factor[by_col ? at.col : at.row];
 #pragma unroll
                   for (unsigned j = 0; j < QUAD; j++)
                       if (j < p.count) {
-                          if (j && next_place(&at, (size_t)n))
-                              f = factor[at.row];
+                          if (j && (next_place(&at, across) || by_col))
+                              f = factor[by_col ? at.col : at.row];
                           q.x[j] = (float)((double)q.x[j] * f);
                       }
                   store_bits(to, Dtype, p, pack(q, Dtype));
               });
 }
 
-static void (*const store_x_kernels[])(item_list<orthogonalize_item>, int64_t, int64_t,
+static void (*const store_x_kernels[])(item_list<orthogonalize_item>, int64_t, int64_t, bool,
                                        const double *, char *) = {
     store_x_kernel<MUONSHARD_FP32>, store_x_kernel<MUONSHARD_BF16>, store_x_kernel<MUONSHARD_FP16>};
 
 cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
-                         const double *factors, ns_dtype dtype, void *x, cudaStream_t stream) {
+                         bool orients, const double *factors, ns_dtype dtype, void *x, cudaStream_t stream) {
     const muonshard_dtype stored = stored_as(dtype);
     const size_t bytes = (size_t)m * (size_t)n * dtype_size(stored);
     return in_order(
         items, count, [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
             return launch(store_x_kernels[stored], blocks_of(m, n, used), dim3(THREADS), stream,
-                          list, m, n, factors + before * (size_t)m, (char *)x + before * bytes);
+                          list, m, n, orients, factors + before * (size_t)m,
+                          (char *)x + before * bytes);
         });
 }
 
 template <muonshard_dtype Wanted>
 __global__ static void give_back_kernel(const __grid_constant__ item_list<orthogonalize_item> list,
-                                        int64_t m, int64_t n, muonshard_dtype dtype,
+                                        int64_t m, int64_t n, bool oriented, muonshard_dtype dtype,
                                         const char *x) {
     const orthogonalize_item *it = &list.at[blockIdx.y];
     const size_t elements = (size_t)m * (size_t)n;
     const char *from = x + blockIdx.y * elements * (dtype == MUONSHARD_FP32 ? 4 : 2);
     void *out = it->out;
-    each_quad(from, dtype, (size_t)m, (size_t)n, it->transposed, blockIdx.x,
+    each_quad(from, dtype, (size_t)m, (size_t)n, it->transposed && oriented, blockIdx.x,
               is_aligned(out, Wanted), [=](piece p, place_in, const quad_bits &b) {
                   store_bits(out, Wanted, p, dtype == Wanted ? b : pack(unpack(b, dtype), Wanted));
               });
 }
 
-static void (*const give_back_kernels[])(item_list<orthogonalize_item>, int64_t, int64_t,
+static void (*const give_back_kernels[])(item_list<orthogonalize_item>, int64_t, int64_t, bool,
                                          muonshard_dtype, const char *) = {
     give_back_kernel<MUONSHARD_FP32>, give_back_kernel<MUONSHARD_BF16>,
     give_back_kernel<MUONSHARD_FP16>};
 
 cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
-                           ns_dtype dtype, const void *x, muonshard_dtype wanted,
+                           bool oriented, ns_dtype dtype, const void *x, muonshard_dtype wanted,
                            cudaStream_t stream) {
     const muonshard_dtype stored = stored_as(dtype);
     const size_t bytes = (size_t)m * (size_t)n * dtype_size(stored);
     return in_order(
         items, count, [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
             return launch(give_back_kernels[wanted], blocks_of(m, n, used), dim3(THREADS), stream,
-                          list, m, n, stored, (const char *)x + before * bytes);
+                          list, m, n, oriented, stored, (const char *)x + before * bytes);
         });
 }
 

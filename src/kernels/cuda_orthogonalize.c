@@ -1,9 +1,11 @@
 /* cuda_orthogonalize.c - runs a Newton-Schulz program on all matrices of a batch at a time:
- * products through cuBLASLt, everything else through kernels of ours. Symmetric results are
- * computed by panels up to the diagonal, where that pays, and mirrored. One that is computed whole
- * comes out symmetric as far as cuBLASLt adds up in one order, if it is X X^T; what only commutes
- * does not, and the Gram form, which multiplies such squares on and on, diverges by it: its squares
- * are always mirrored. */
+ * products through cuBLASLt, or through a kernel of ours that knows symmetric results and matrices
+ * that are turned (tiles), everything else through kernels of ours.
+ *
+ * With cuBLASLt symmetric results are computed by panels up to the diagonal, where that pays, and
+ * mirrored. One that is computed whole comes out symmetric as far as cuBLASLt adds up in one order,
+ * if it is X X^T; what only commutes does not, and the Gram form, which multiplies such squares on
+ * and on, diverges by it: its squares are always mirrored. */
 #include <math.h>
 
 #include "kernels/cuda.h"
@@ -24,7 +26,9 @@ typedef struct buffers {
     cudaStream_t stream;
     const ns_program *program;
     int64_t m, n;
+    const orthogonalize_item *items;
     size_t count;
+    bool tiles; /* products are our kernel's, and X and Y [n, m] of items that are turned */
     void *at[NS_BUFFER_COUNT]; /* X, Y [count, m, n]; A to D [count, m, m], as stored */
     void *operands[2];     /* [count, m, m]: squares as they enter products of a narrower dtype */
     double *factors;       /* [count, m] */
@@ -77,8 +81,8 @@ static muonshard_status product(const buffers *s, const gemm *g) {
 /* ---- normalisation ---- */
 
 /* The sums of squares, where the items have them side by side; else made here. */
-static muonshard_status squares_of(const buffers *s, const orthogonalize_item *items,
-                                   const double **squares) {
+static muonshard_status squares_of(const buffers *s, const double **squares) {
+    const orthogonalize_item *items = s->items;
     bool given = items[0].squares != NULL;
     for (size_t i = 1; i < s->count; i++)
         given = given && items[i].squares == items[0].squares + i;
@@ -125,9 +129,8 @@ static muonshard_status spectral_factors(const buffers *s, double eps) {
     return MUONSHARD_OK;
 }
 
-static muonshard_status gram_factors(const buffers *s, const ns_instruction *op,
-                                     const orthogonalize_item *items) {
-    TRY_CUDA(s->self, cuda_load_fp64(items, s->count, s->m, s->n, s->x64, s->stream));
+static muonshard_status gram_factors(const buffers *s, const ns_instruction *op) {
+    TRY_CUDA(s->self, cuda_load_fp64(s->items, s->count, s->m, s->n, s->x64, s->stream));
     TRY(multiply_fp64(s, s->x64, s->n, s->gram[0]));
     if (op->norm != NS_NORM_SPECTRAL) {
         TRY_CUDA(s->self, cuda_gram_factors(op->norm, op->eps, s->gram[0], s->count, s->m,
@@ -138,23 +141,22 @@ static muonshard_status gram_factors(const buffers *s, const ns_instruction *op,
     return op->a == NS_NONE ? MUONSHARD_OK : multiply_fp64(s, s->x64, s->n, s->gram[0]);
 }
 
-static muonshard_status normalize(const buffers *s, const ns_instruction *op,
-                                  const orthogonalize_item *items) {
+static muonshard_status normalize(const buffers *s, const ns_instruction *op) {
     const bool frobenius = op->norm == NS_NORM_FROBENIUS_ADD || op->norm == NS_NORM_FROBENIUS_MAX ||
                            op->norm == NS_NORM_FROBENIUS_SAFETY;
     if (cuda_needs_gram(op))
-        TRY(gram_factors(s, op, items));
+        TRY(gram_factors(s, op));
     if (frobenius) {
         const double *squares;
-        TRY(squares_of(s, items, &squares));
+        TRY(squares_of(s, &squares));
         TRY_CUDA(s->self, cuda_frobenius_factors(op->norm, op->eps, squares, s->count, s->m,
                                                  s->factors, s->stream));
     }
     if (op->a != NS_NONE)
         TRY_CUDA(s->self, cuda_store_gram(s->gram[0], s->factors, s->count, s->m,
                                           s->program->square_dtype, s->at[op->a], s->stream));
-    TRY_CUDA(s->self, cuda_store_x(items, s->count, s->m, s->n, s->factors, s->program->dtype,
-                                   s->at[op->dst], s->stream));
+    TRY_CUDA(s->self, cuda_store_x(s->items, s->count, s->m, s->n, !s->tiles, s->factors,
+                                   s->program->dtype, s->at[op->dst], s->stream));
     return MUONSHARD_OK;
 }
 
@@ -232,12 +234,87 @@ static muonshard_status symmetric_product(const buffers *s, const ns_instruction
     return MUONSHARD_OK;
 }
 
+/* ---- products by tiles ---- */
+
+static muonshard_status tile(const buffers *s, const tile_product *t) {
+    if (s->purpose != RUN)
+        TRY(tile_prepare(s->self, t, s->gemm));
+    return s->purpose == CHOOSE ? MUONSHARD_OK : tile_run(s->self, t, s->gemm);
+}
+
+/* Where a product leaves dst, or finds an operand, of items that are turned as `turned` has it. */
+static gemm_matrices tile_matrices(const buffers *s, ns_buffer b, bool turned) {
+    return (gemm_matrices){s->at[b], turned || !ns_is_wide(b) ? s->m : s->n,
+                           s->m * width(s, b)};
+}
+
+/* X X^T, or a product of squares. */
+static void tile_square(const buffers *s, const ns_instruction *op, bool turned, tile_product *t) {
+    const ns_buffer b = op->kind == NS_SYMMETRIC_PRODUCT ? op->a : op->b;
+    const ns_instruction *shift = shift_after(s, op);
+    t->symmetric = true;
+    t->rows = t->cols = s->m;
+    t->depth = width(s, op->a);
+    t->a_turned = t->b_turned = turned;
+    t->a = tile_matrices(s, op->a, turned);
+    t->b = tile_matrices(s, b, turned);
+    if (shift) {
+        t->gamma = shift->alpha;
+        t->shifted = tile_matrices(s, shift->dst, false);
+    }
+}
+
+/* A square by X, whose columns are then b's turned rows; or, of what is turned, X^T by the square,
+ * which is the transpose of that. */
+static void tile_wide(const buffers *s, const ns_instruction *op, bool turned, tile_product *t) {
+    const gemm_matrices square = tile_matrices(s, op->a, false);
+    const gemm_matrices x = tile_matrices(s, op->b, turned);
+    t->rows = turned ? s->n : s->m;
+    t->cols = turned ? s->m : s->n;
+    t->depth = s->m;
+    t->b_turned = !turned;
+    t->a = turned ? x : square;
+    t->b = turned ? square : x;
+}
+
+static muonshard_status tile_multiply(const buffers *s, const ns_instruction *op) {
+    const bool wide = ns_is_wide(op->a) || (op->kind == NS_PRODUCT && ns_is_wide(op->b));
+    const bool last = s->result.at && op == &s->program->code[s->program->count - 1];
+    for (int turned = 0; turned <= (int)wide; turned++) {
+        tile_product t = {.dtype = s->program->dtype,
+                          .alpha = op->alpha,
+                          .beta = op->beta,
+                          .dst = tile_matrices(s, op->dst, turned),
+                          .items = s->items,
+                          .count = s->count,
+                          .which = !wide    ? TILE_ALL
+                                   : turned ? TILE_TURNED
+                                            : TILE_UPRIGHT};
+        if (op->c != NS_NONE)
+            t.c = tile_matrices(s, op->c, turned);
+        if (op->kind == NS_PRODUCT)
+            tile_wide(s, op, turned, &t);
+        else
+            tile_square(s, op, turned, &t);
+        if (last) {
+            t.dst.at = s->result.at;
+            t.dst.stride = s->result.stride;
+        }
+        TRY(tile(s, &t));
+    }
+    return MUONSHARD_OK;
+}
+
+/* ---- the program ---- */
+
 /* Squares are symmetric, so that a transposed one is as good. */
 static muonshard_status multiply(const buffers *s, const ns_instruction *op) {
     const bool symmetric = op->kind != NS_PRODUCT;
     const ns_buffer b = op->kind == NS_SYMMETRIC_PRODUCT ? op->a : op->b;
     const ns_dtype operands = ns_operands(s->program, op), stored = ns_stored(s->program, op->dst);
     const void *left, *right;
+    if (s->tiles)
+        return tile_multiply(s, op);
     TRY(operand(s, op->a, operands, 0, &left));
     if (b == op->a)
         right = left;
@@ -260,10 +337,9 @@ static muonshard_status multiply(const buffers *s, const ns_instruction *op) {
     return symmetric ? symmetric_product(s, op, &g, operands, stored) : product(s, &g);
 }
 
-static muonshard_status run(const buffers *s, const ns_instruction *op,
-                            const orthogonalize_item *items) {
+static muonshard_status run(const buffers *s, const ns_instruction *op) {
     switch (op->kind) {
-    case NS_NORMALIZE: return normalize(s, op, items);
+    case NS_NORMALIZE: return normalize(s, op);
     case NS_SYMMETRIC_PRODUCT:
     case NS_COMMUTING_PRODUCT:
     case NS_PRODUCT: return multiply(s, op);
@@ -272,33 +348,39 @@ static muonshard_status run(const buffers *s, const ns_instruction *op,
     return MUONSHARD_OK;
 }
 
+/* Where the last product leaves U itself, no pass is needed that takes it there: the items' places
+ * are one batch as cuBLASLt knows them, evenly spaced, and none is turned; or as TMA does. */
+static gemm_matrices results_of(const buffers *s) {
+    const ns_program *program = s->program;
+    const ns_instruction *last = &program->code[program->count - 1];
+    const ptrdiff_t element = (ptrdiff_t)ns_dtype_size(ns_stored(program, program->result));
+    const ptrdiff_t matrix = s->m * s->n * element;
+    const char *first = s->items[0].out;
+    const ptrdiff_t bytes = s->count > 1 ? (const char *)s->items[1].out - first : matrix;
+    const gemm_matrices results = {first, s->n, bytes / element};
+    bool even = last->kind == NS_PRODUCT && last->dst == program->result && bytes >= matrix &&
+                bytes % element == 0 && (!s->tiles || tile_takes_address(results));
+    for (size_t i = 0; i < s->count; i++)
+        even = even && (s->tiles || !s->items[i].transposed) &&
+               (const char *)s->items[i].out == first + (ptrdiff_t)i * bytes;
+    return even ? results : (gemm_matrices){NULL, 0, 0};
+}
+
 static buffers buffers_of(backend *self, purpose why, const ns_program *program, int64_t m,
-                          int64_t n, size_t count, void *workspace) {
+                          int64_t n, const orthogonalize_item *items, size_t count,
+                          void *workspace) {
     buffers s = {.self = self,
                  .purpose = why,
                  .stream = cuda_of(self)->streams[STREAM_COMPUTE],
                  .program = program,
                  .m = m,
                  .n = n,
-                 .count = count};
+                 .items = items,
+                 .count = count,
+                 .tiles = tile_takes(self, program, m, n, count)};
     lay_out(&s, workspace);
+    s.result = results_of(&s);
     return s;
-}
-
-/* Where the last product leaves U itself, no pass is needed that takes it there: the items' places
- * are one batch as cuBLASLt knows them, evenly spaced, and none is turned. */
-static gemm_matrices results_of(const ns_program *program, const orthogonalize_item *items,
-                                size_t count, int64_t m, int64_t n) {
-    const ns_instruction *last = &program->code[program->count - 1];
-    const ptrdiff_t element = (ptrdiff_t)ns_dtype_size(ns_stored(program, program->result));
-    const char *first = items[0].out;
-    const ptrdiff_t bytes = count > 1 ? (const char *)items[1].out - first : m * n * element;
-    bool even = last->kind == NS_PRODUCT && last->dst == program->result &&
-                bytes >= m * n * element && bytes % element == 0;
-    for (size_t i = 0; i < count; i++)
-        even = even && !items[i].transposed &&
-               (const char *)items[i].out == first + (ptrdiff_t)i * bytes;
-    return (gemm_matrices){even ? first : NULL, n, bytes / element};
 }
 
 static muonshard_status prepare_gram(const buffers *s, const ns_instruction *op) {
@@ -312,8 +394,8 @@ muonshard_status cuda_prepare(backend *self, const ns_program *program, int64_t 
     if (!count)
         return MUONSHARD_OK;
     const bool measures = cuda_of(self)->measures_gemms;
-    buffers s = buffers_of(self, measures ? MEASURE : CHOOSE, program, m, n, count, workspace);
-    s.result = results_of(program, items, count, m, n);
+    const buffers s =
+        buffers_of(self, measures ? MEASURE : CHOOSE, program, m, n, items, count, workspace);
     /* As large as the numbers of matrices whose Frobenius norm is 1. */
     for (int b = NS_X; measures && b < NS_A + program->squares; b++) {
         const int64_t elements = m * width(&s, (ns_buffer)b);
@@ -339,13 +421,12 @@ muonshard_status cuda_orthogonalize(backend *self, const step_record *record,
     (void)record;
     if (!count)
         return MUONSHARD_OK;
-    buffers s = buffers_of(self, RUN, program, m, n, count, workspace);
+    const buffers s = buffers_of(self, RUN, program, m, n, items, count, workspace);
     const ns_dtype stored = ns_stored(program, program->result);
-    s.result = results_of(program, items, count, m, n);
     for (int i = 0; i < program->count; i++)
-        TRY(run(&s, &program->code[i], items));
+        TRY(run(&s, &program->code[i]));
     if (!s.result.at)
-        TRY_CUDA(self, cuda_give_back(items, count, m, n, stored, s.at[program->result],
+        TRY_CUDA(self, cuda_give_back(items, count, m, n, !s.tiles, stored, s.at[program->result],
                                       ns_program_output(program), s.stream));
     return MUONSHARD_OK;
 }

@@ -7,7 +7,7 @@
 #include "kernels/backend.h"
 
 /* Raised by every change of backend.h, program.h, comm.h or this file. */
-#define PLUGIN_ABI 7
+#define PLUGIN_ABI 8
 
 typedef struct nccl_options {
     bool deterministic; /* sums over ranks are made in rank order, by exchange */

@@ -33,7 +33,9 @@ static muonshard_status open_backend(muonshard_optimizer *o, const placement *at
     const cuda_options cuda = {.local_rank = at->local_rank,
                                .share = o->settings->share_gpu != 0,
                                .measures = o->settings->gemm_choice != 0,
-                               .panels = (int)o->settings->symmetric_panels};
+                               .panels = (int)o->settings->symmetric_panels,
+                               .tiles = o->settings->gemm_kernels != 0,
+                               .deterministic = o->settings->deterministic != 0};
     const muonshard_status status =
         backend_open((backend_choice)o->settings->backend, placement_options(at, o->settings), cuda,
                      &o->backend, error, why, sizeof why);

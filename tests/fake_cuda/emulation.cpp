@@ -7,48 +7,19 @@
 #include <vector>
 
 #include "fake.h"
-
-/* ---- a change of stacks ---- */
+#include "fibers.h"
+#include "hopper_machine.h"
 
 #ifdef __x86_64__
-/* What a call keeps goes to the old stack, whose top is left in *from. */
-extern "C" void change_stacks(void **from, void *to);
 __asm__(".text\n"
+        ".globl change_stacks\n"
+        ".hidden change_stacks\n"
         "change_stacks:\n"
         "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
         "mov %rsp, (%rdi)\n"
         "mov %rsi, %rsp\n"
         "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n"
         "ret\n");
-
-struct stack_top {
-    void *at = nullptr;
-    void prepare(char *stack, size_t size, void (*entry)()) {
-        void **top = (void **)(((size_t)(stack + size)) / 16 * 16);
-        *--top = nullptr; /* where entry, which never returns, would return to */
-        *--top = (void *)entry;
-        at = top - 6;
-    }
-    void to(stack_top &other) {
-        change_stacks(&at, other.at);
-    }
-};
-#else
-#include <ucontext.h>
-
-struct stack_top {
-    ucontext_t context;
-    void prepare(char *stack, size_t size, void (*entry)()) {
-        getcontext(&context);
-        context.uc_stack.ss_sp = stack;
-        context.uc_stack.ss_size = size;
-        context.uc_link = nullptr;
-        makecontext(&context, entry, 0);
-    }
-    void to(stack_top &other) {
-        swapcontext(&context, &other.context);
-    }
-};
 #endif
 
 thread_local uint3 threadIdx, blockIdx;
@@ -125,6 +96,8 @@ void run_block(const std::function<void()> &thread) {
 } // namespace
 
 void emulated_barrier(void) {
+    if (hopper_runs())
+        return named_barrier(0, blockDim.x);
     if (!running) {
         fprintf(stderr, "emulation: a barrier that not all threads of a block come to\n");
         abort();

@@ -3,7 +3,9 @@ set(FAKE_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/fake)
 
 # The runtime, cuBLASLt and NCCL: one for all modules of a process.
 add_library(fake_runtime SHARED fake_cuda/fake_cuda.cpp fake_cuda/fake_blas.cpp fake_cuda/fake_nccl.cpp
-  fake_cuda/emulation.cpp)
+  fake_cuda/emulation.cpp fake_cuda/hopper_emulation.cpp fake_cuda/hopper_shared.cpp fake_cuda/hopper_tma.cpp
+  fake_cuda/hopper_wgmma.cpp)
+set_source_files_properties(fake_cuda/hopper_wgmma.cpp PROPERTIES COMPILE_OPTIONS -O3)
 target_link_libraries(fake_runtime PRIVATE PkgConfig::OPENBLAS Threads::Threads)
 set_target_properties(fake_runtime PROPERTIES OUTPUT_NAME fake_cuda_runtime LIBRARY_OUTPUT_DIRECTORY ${FAKE_DIRECTORY})
 
@@ -20,10 +22,16 @@ target_include_directories(fake_cuda PRIVATE ${PROJECT_SOURCE_DIR}/src)
 fake_module(fake_gpt_cuda muonshard_gpt_cuda ${GPT_CUDA_HOST} ${GPT_CUDA_KERNELS})
 target_include_directories(fake_gpt_cuda PRIVATE ${PROJECT_SOURCE_DIR}/launch/gpt)
 
+# The kernel of tiles by itself, each kind of what is asynchronous as late as may be, as early, and by chance.
+set(TILE_KERNEL ${PROJECT_SOURCE_DIR}/src/kernels/cuda_tile_kernel.cu)
+add_executable(test_tile_product test_tile_product.c ${TILE_KERNEL})
+target_link_libraries(test_tile_product PRIVATE fake_runtime PkgConfig::CMOCKA m)
+target_include_directories(test_tile_product PRIVATE ${PROJECT_SOURCE_DIR}/src)
+
 set_source_files_properties(${MUONSHARD_CUDA_KERNELS} ${GPT_CUDA_KERNELS} PROPERTIES LANGUAGE CXX
-  COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas")
+  COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas;-Wno-psabi")
 target_include_directories(fake_runtime PRIVATE ${PROJECT_SOURCE_DIR}/src)
-foreach(target fake_runtime fake_cuda fake_gpt_cuda)
+foreach(target fake_runtime fake_cuda fake_gpt_cuda test_tile_product)
   target_compile_features(${target} PRIVATE cxx_std_17)
   target_compile_options(${target} PRIVATE -ffp-contract=off -O1)
   target_compile_definitions(${target} PRIVATE _POSIX_C_SOURCE=200809L)
@@ -54,9 +62,16 @@ endfunction()
 foreach(name elementwise backend_data matrix_update alignment orthogonalize_cases newton_schulz presets conventions step_rules)
   fake_test(${name})
 endforeach()
+foreach(seed 0 1 2 3)
+  fake_test(tile_product TEST tile_product_fake_cuda_${seed} ENVIRONMENT "FAKE_HOPPER_SEED=${seed};FAKE_CUDA_PROTECT=0")
+endforeach()
 # Symmetric products by panels, which matrices as small as these aren't worth.
 foreach(name orthogonalize_cases newton_schulz)
   fake_test(${name} TEST ${name}_panels_fake_cuda ENVIRONMENT MUONSHARD_TEST_PANELS=3)
+endforeach()
+# 16-bit products through the kernel of tiles, of those matrices whose sides are multiples of 8.
+foreach(name orthogonalize_cases newton_schulz)
+  fake_test(${name} TEST ${name}_tiles_fake_cuda ENVIRONMENT "MUONSHARD_TEST_TILES=1;FAKE_HOPPER_SEED=2")
 endforeach()
 foreach(name ranks ranks_bits ranks_errors numbers replicas trace)
   fake_test(${name} ENVIRONMENT FAKE_CUDA_PROTECT=0)

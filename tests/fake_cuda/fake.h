@@ -23,6 +23,8 @@ void fake_let_others(unsigned microseconds);
 void fake_issuing(cudaStream_t stream, bool issuing);
 void fake_touch_begin(void);
 void fake_touch_end(void);
+/* A function of the driver; NULL: the fake has none of this name. */
+void *fake_driver_entry(const char *symbol);
 /* `change` to the number of things that were made and not destroyed. */
 void fake_count(int change);
 
@@ -50,6 +52,11 @@ __attribute__((visibility("default"))) void fake_blas_given(long *proposals, lon
 __attribute__((visibility("default"))) void fake_blas_fast(int number);
 /* What is ready may run before it is asked for, as the seed has it; 0: never. */
 __attribute__((visibility("default"))) void fake_cuda_seed(unsigned seed);
+/* When copies and products of a cluster happen that nothing waits for yet: 0: as late as can be; 1:
+ * at once; else: as the seed has it, as is the order of threads. */
+__attribute__((visibility("default"))) void fake_hopper_seed(unsigned seed);
+/* Fragments so far of which two rows were stored to the same banks of shared memory. */
+__attribute__((visibility("default"))) long fake_hopper_conflicts(void);
 }
 
 #endif

@@ -712,6 +712,16 @@ cudaError_t cudaDriverGetVersion(int *version) {
     return cudaSuccess;
 }
 
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult *found) {
+    MAY_FAIL(cudaErrorUnknown);
+    *function = fake_driver_entry(symbol);
+    if (found)
+        *found = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return cudaSuccess;
+}
+
 cudaError_t cudaRuntimeGetVersion(int *version) {
     *version = CUDART_VERSION;
     return cudaSuccess;
