@@ -135,7 +135,7 @@ const muonshard_param settings_table[] = {
            "Working dtype of Newton-Schulz: results are stored in it, products accumulate in fp32; "
            "param: the parameter's. Updates travel in it."),
     CHOICE(
-        "ns_form", ns_form, "standard", "standard|gram|auto",
+        "ns_form", ns_form, "auto", "standard|gram|auto",
         "standard: A = X X^T, B = b A + c A A, X = a X + B X; gram: the same polynomial on X X^T, "
         "of bf16 in fp32; auto: gram where it costs less."),
     TEXT("gram_restarts", gram_restarts, "auto",

@@ -1,5 +1,6 @@
 /* Compiled Newton-Schulz programs, run by a small interpreter over diagonal matrices in fp64,
  * against the polynomial itself; restarts and operation counts against what is published. */
+#include "config.h"
 #include "optim/coefficients.h" /* before cmocka.h, whose macro `fail` would hide a function */
 #include "optim/gram.h"
 #include "optim/newton_schulz.h"
@@ -489,8 +490,9 @@ static void test_flops_are_the_published_counts(void **state) {
                 s.ns_form = NS_FORM_AUTO;
                 const ns_program either =
                     compiled_for(&s, MUONSHARD_FP32, shapes[k][0], shapes[k][1]);
-                assert_flops(&either, m, n, fmin(standard, gram));
-                assert_int_equal(either.squares, gram < standard ? 4 : 2);
+                const bool pays = n >= 1.5 * m && gram < standard;
+                assert_flops(&either, m, n, pays ? gram : standard);
+                assert_int_equal(either.squares, pays ? 4 : 2);
             }
         }
     /* Cubic: no product for B or Z, but where Z begins (it takes part in a sum with aI). */
@@ -545,8 +547,40 @@ static void test_square_matrices_take_the_standard_form(void **state) {
         assert_int_equal(p.squares, 2);
         assert_flops(&p, 64, 64, 20.0);
         const ns_program wider = compiled_for(&s, MUONSHARD_FP32, 64, 65);
-        assert_int_equal(wider.squares, 4);
+        assert_int_equal(wider.squares, form == NS_FORM_GRAM ? 4 : 2);
     }
+}
+
+/* Without a preset Gram is taken where it pays, on the host and on a device; presets that name a
+ * system have its form. */
+static void test_gram_by_default(void **state) {
+    (void)state;
+    static const struct {
+        const char *yaml;
+        bool gram[2]; /* [device], of 64 x 96 */
+    } rows[] = {{"ns_dtype: fp16", {true, true}},
+                {"ns_dtype: fp32", {true, true}},
+                {"ns_dtype: bf16", {false, false}},
+                {"{ns_dtype: fp16, ns_form: standard}", {false, false}},
+                {"{ns_dtype: fp16, coefficients: deepseekv4, ns_steps: 10}", {true, true}},
+                {"preset: grouped_fp16", {false, false}},
+                {"{preset: grouped_fp16, ns_form: auto}", {true, true}},
+                {"preset: jordan", {false, false}},
+                {"preset: gram", {true, true}}};
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
+        for (int device = 0; device <= 1; device++)
+            for (int64_t n = 88; n <= 96; n += 8) {
+                muonshard_config *config;
+                ns_program p;
+                assert_int_equal(muonshard_config_create(&config), MUONSHARD_OK);
+                assert_int_equal(muonshard_config_load_string(config, rows[i].yaml), MUONSHARD_OK);
+                assert_int_equal(newton_schulz_compile(config_settings(config), MUONSHARD_FP32,
+                                                       device, 64, n, &p, NULL),
+                                 MUONSHARD_OK);
+                const bool asked = config_settings(config)->ns_form == NS_FORM_GRAM;
+                assert_int_equal(p.squares, rows[i].gram[device] && (asked || n == 96) ? 4 : 2);
+                muonshard_config_destroy(config);
+            }
 }
 
 int main(void) {
@@ -565,6 +599,7 @@ int main(void) {
         cmocka_unit_test(test_auto_goes_by_cost),
         cmocka_unit_test(test_auto_on_a_device),
         cmocka_unit_test(test_square_matrices_take_the_standard_form),
+        cmocka_unit_test(test_gram_by_default),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -117,9 +117,10 @@ __device__ void fetch(const tile_product_args &p, uint32_t shared, unsigned rank
 
 /* ---- multiplying ---- */
 
-/* Descriptor of an operand at `at`: boxes of 64 rows, 128 bytes swizzle. Along the depth rows are
- * 128 bytes, eight of them 1024, and a box follows its neighbour. Turned ones have 64 rows in 128
- * bytes, eight of the depth in 1024, and the next rows a box further on. */
+/* Descriptor of an operand at `at`, in whose lowest bits a sixteenth of the address is: boxes of 64
+ * rows, 128 bytes swizzle. Along the depth rows are 128 bytes, eight of them 1024, and a box
+ * follows its neighbour. Turned ones have 64 rows in 128 bytes, eight of the depth in 1024, and the
+ * next rows a box further on. */
 __device__ static inline uint64_t descriptor(uint32_t at, bool turned) {
     const uint64_t stride = 1024 >> 4, leading = turned ? BOX_BYTES >> 4 : 1;
     return (uint64_t)((at & 0x3ffff) >> 4) | leading << 16 | stride << 32 | (uint64_t)1 << 62;
@@ -147,6 +148,7 @@ __device__ void multiply(const tile_segment &s, int group, bool hands_on, ring<W
     const uint32_t mine = S::shared ? (uint32_t)group * BOX_BYTES : 0;
     uint32_t done = 0; /* barrier of the stage before */
     for (int step = s.begin; step < s.end; step++, at.next()) {
+        const uint64_t a = descriptor(at.a() + mine, ATurned), b = descriptor(at.b(), BTurned);
         barrier_wait(at.full(), at.phase);
 #pragma unroll
         for (int h = 0; h < S::halves; h++)
@@ -157,9 +159,8 @@ __device__ void multiply(const tile_segment &s, int group, bool hands_on, ring<W
 #pragma unroll
             for (int h = 0; h < S::halves; h++)
                 wgmma<Bf16, ATurned, BTurned>(
-                    sums[h],
-                    descriptor(at.a() + mine + h * BOX_BYTES + k * depth_bytes(ATurned), ATurned),
-                    descriptor(at.b() + k * depth_bytes(BTurned), BTurned), step > s.begin || k);
+                    sums[h], a + (h * BOX_BYTES + k * depth_bytes(ATurned)) / 16,
+                    b + k * depth_bytes(BTurned) / 16, step > s.begin || k);
         wgmma_commit();
 #pragma unroll
         for (int h = 0; h < S::halves; h++)

@@ -4,6 +4,9 @@
 #include "optim/coefficients.h"
 #include "optim/gram.h"
 
+/* Columns a row from which `auto` thinks of it: below, what it saves is less than its more launches
+ * and its rounding cost. */
+#define GRAM_PAYS 1.5
 /* Above this X in bf16 and its Gram matrix can part until nothing is finite. */
 enum { GRAM_BF16_SLOPE = 10000 };
 
@@ -160,7 +163,7 @@ static muonshard_status consider_gram(const settings *s, const coefficient_row *
     bool planned;
     gram_restarts restarts;
     TRY(gram_restarts_read(s->gram_restarts, steps, &planned, &restarts, error));
-    if (m == n)
+    if (m == n || (!forced && (double)n < GRAM_PAYS * (double)m))
         return MUONSHARD_OK;
     /* On squares in bf16 it diverges. */
     const ns_dtype square = p->dtype == NS_BF16 ? NS_FP32 : p->dtype;

@@ -44,7 +44,8 @@ flags="-std=c17 -O2 -g -fPIC -D_POSIX_C_SOURCE=200809L -ffp-contract=off -fno-ma
     -Itests -isystem $cuda/include $mpi_flags $blas"
 archs="-gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80
     -gencode=arch=compute_90,code=compute_90"
-export out results cuda flags archs python paths
+hopper="-gencode=arch=compute_90a,code=sm_90a" # of instructions that no other has
+export out results cuda flags archs hopper python paths
 
 # part NAME LIMIT COMMAND...: its output to a log, its outcome to the summary; no longer than LIMIT seconds, nor than there are left.
 # COMMAND may be a function of this file. What has run doesn't run again; `reserved` seconds are for what comes later.
@@ -77,8 +78,9 @@ part() {
 
 object_of() { echo "$out/obj/$(tr / _ <<<"$1").o"; }
 compile_one() {
-    local object
+    local object archs=$archs
     object=$(object_of "$1")
+    [ "$1" = src/kernels/cuda_tile_kernel.cu ] && archs=$hopper
     # shellcheck disable=SC2086 # words they are
     case $1 in
     *.cu) nvcc -std=c++17 -O3 -fmad=false $archs -Xptxas -v -Xcompiler=-fPIC -Iinclude -Isrc -Ilaunch/gpt -c "$1" -o "$object" 2>"$object.ptxas" ||
@@ -94,7 +96,7 @@ tests="elementwise backend_data matrix_update alignment orthogonalize_cases newt
 # shellcheck disable=SC2010,SC2016,SC2046,SC2086 # words they are
 build() {
     local host core kernels alone gpt gpt_kernels command fixtures name libs
-    host="$(ls src/kernels/*.c | grep -v kernels/cuda) src/kernels/cuda_layout.c"
+    host="$(ls src/kernels/*.c | grep -v kernels/cuda) src/kernels/cuda_layout.c src/kernels/cuda_tiles.c"
     core="$(ls src/*.c src/optim/*.c) src/comm/comm.c src/comm/self.c src/comm/callbacks.c src/comm/nccl_open.c src/comm/mpi.c
         src/comm/mpi_positions.c $host"
     kernels="$(ls src/kernels/cuda*.c src/kernels/cuda*.cu) src/comm/nccl.c"
@@ -107,7 +109,7 @@ build() {
     libs="$mpi_libs -lopenblas -lyaml -lxxhash -ljansson -lcmocka -lpthread -ldl -lm"
     rm -f $out/obj/*.ptxas
     # What takes longest first.
-    printf '%s\n' $kernels $gpt_kernels $core $alone $gpt $command $fixtures $(printf 'tests/test_%s.c ' $tests) | awk '!seen[$0]++' |
+    printf '%s\n' $kernels $gpt_kernels $core $alone $gpt $command $fixtures $(printf 'tests/test_%s.c ' $tests tile_product) | awk '!seen[$0]++' |
         xargs -P "$(nproc)" -n 1 bash -c 'compile_one "$1"' _ || return
     nvcc -shared -o $out/libmuonshard_cuda.so.0.1 $(objects $kernels $alone) -lcublasLt -lnccl -Xcompiler=-fPIC || return
     nvcc -shared -o $out/libmuonshard_gpt_cuda.so.0.1 $(objects $gpt_kernels) -lcublasLt || return
@@ -117,14 +119,20 @@ build() {
     for name in $tests; do
         echo "$name"
     done | xargs -P "$(nproc)" -I NAME sh -c "gcc -o $out/test_NAME $(object_of tests/test_NAME.c) $out/libtests.a $out/libgpt.a $out/libcore.a $(tr '\n' ' ' <<<"$libs")" || return
+    nvcc -o $out/test_tile_product $(objects tests/test_tile_product.c src/kernels/cuda_tile_kernel.cu) $(tr '\n' ' ' <<<"$libs") || return
     grep -hE 'spill|registers' $out/obj/*.ptxas | sort | uniq -c | sort -rn | head -n 40
     if grep -hE '[1-9][0-9]* bytes spill' $out/obj/*.ptxas; then
         echo "a kernel spills registers"
         return 1
     fi
+    if grep -h 'wgmma.*serialized' $out/obj/*.ptxas; then # ptxas has found sums in use where a product may still add to them
+        echo "products wait for each other"
+        return 1
+    fi
 }
 
 on_card() { MUONSHARD_TEST_BACKEND=cuda "$@"; }
+with_tiles() { MUONSHARD_TEST_TILES=1 on_card "$@"; }
 # Two NCCL ranks on one card pass for two hosts: for correctness only.
 ranks_on_card() {
     local n=$1
@@ -173,16 +181,17 @@ choices() { # SHAPES... WORDS: from "--" on they go to every run
     : >"$results/choices.txt"
     while [ "$1" != -- ]; do shapes+=("$1") && shift; done
     shift
-    for keys in "" "gemm_choice=measured gemm_table=$results/gemm-table" symmetric_panels=1 symmetric_panels=4 \
-        batch_bytes=33554432 batch_bytes=1073741824 cuda_graphs=false; do
+    for keys in "" ${tiles:+gemm_kernels=hopper "gemm_kernels=hopper gemm_choice=measured gemm_table=$results/gemm-table-hopper" \
+        "gemm_kernels=hopper deterministic=true"} "gemm_choice=measured gemm_table=$results/gemm-table" symmetric_panels=1 \
+        symmetric_panels=4 batch_bytes=33554432 batch_bytes=1073741824 cuda_graphs=false; do
         label=${keys:-as it is}
         for shape in "${shapes[@]}"; do
             # shellcheck disable=SC2086 # words they are
             "$muonshard" bench step --shapes "$shape" -n 9 -w 3 -c 0 "$@" backend=cuda preset=torch $keys \
-                -J "$results/choice.json" >/dev/null || { printf '%-28s %-16s %12s\n' "${label%% gemm_table*}" "$shape" failed >>"$results/choices.txt"; wrong=1; continue; }
+                -J "$results/choice.json" >/dev/null || { printf '%-44s %-16s %12s\n' "${label%% gemm_table*}" "$shape" failed >>"$results/choices.txt"; wrong=1; continue; }
             median=$(sed -n 's/.*"step_us": *{"median": *\([0-9.]*\).*/\1/p; /"step_us"/,/}/s/^ *"median": *\([0-9.]*\).*/\1/p' "$results/choice.json" | head -n 1)
             [ -n "$median" ] || return
-            printf '%-28s %-16s %12.1f\n' "${label%% gemm_table*}" "$shape" "$median" | tee -a "$results/choices.txt"
+            printf '%-44s %-16s %12.1f\n' "${label%% gemm_table*}" "$shape" "$median" | tee -a "$results/choices.txt"
         done
     done
     rm -f "$results/choice.json"
@@ -213,12 +222,12 @@ else
 fi
 muonshard=${trial:-$out/muonshard}
 export muonshard
-export -f build objects on_card ranks_on_card train losses same_losses continued bench_step bench_shared vs_torch choices
+export -f build objects on_card with_tiles ranks_on_card train losses same_losses continued bench_step bench_shared vs_torch choices
 export mpi_libs tests
 
 times() {
     if has_torch; then
-        part vs_torch 270 vs_torch vs_torch 170 "${torch_words[@]}"
+        part vs_torch 300 vs_torch vs_torch 200 ${tiles:+--hopper} "${torch_words[@]}"
         [ -f $results/vs_torch.txt ] && cat $results/vs_torch.txt | tee -a $summary
         keep
     else
@@ -226,13 +235,28 @@ times() {
     fi
     part step_gpt2 60 bench_step gpt2 "${step_words[@]}"
     part step_gpt2_fp16 60 bench_step gpt2-fp16 "${step_words[@]}" -c 0 ns_form=gram ns_dtype=fp16
+    if [ -n "$tiles" ]; then
+        part step_gpt2_hopper 60 bench_step gpt2-hopper "${step_words[@]}" gemm_kernels=hopper
+        part step_gpt2_hopper_fp16 60 bench_step gpt2-hopper-fp16 "${step_words[@]}" -c 0 ns_form=auto ns_dtype=fp16 gemm_kernels=hopper
+    fi
     part choices 150 choices "${choice_words[@]}"
     [ -f $results/choices.txt ] && cat $results/choices.txt >>$summary
     [ "$nccl" = yes ] && part step_shared_2 60 bench_shared "${shared_words[@]}"
     part calibrate 60 "$muonshard" bench --calibrate $results/machine.yaml -n 5 -w 1 -e $bytes backend=cuda
     if has_torch; then
-        part vs_torch_bf16 120 vs_torch vs_torch_bf16 60 "${torch_words[@]}" --dtype bf16 --model '' --ours preset=torch
+        part vs_torch_bf16 120 vs_torch vs_torch_bf16 60 "${torch_words[@]}" --dtype bf16 --model '' --ours "preset=torch${tiles:+ gemm_kernels=hopper}"
         [ -f $results/vs_torch_bf16.txt ] && cat $results/vs_torch_bf16.txt | tee -a $summary
+    fi
+}
+# The kernel of tiles, and what the optimizer makes of it; without it nothing is timed with it.
+correct_tiles() {
+    [ -n "$tiles" ] || return
+    part test_tile_product 60 $out/test_tile_product
+    part tiles_newton_schulz 60 with_tiles $out/test_newton_schulz
+    part tiles_orthogonalize_cases 90 with_tiles $out/test_orthogonalize_cases
+    if grep -qE '^FAIL .*til' $summary; then
+        say "the kernel of tiles is wrong on this card: it is not timed"
+        tiles=
     fi
 }
 correct() {
@@ -260,13 +284,16 @@ finish() {
 
 card=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total,power.limit --format=csv,noheader 2>/dev/null | head -n 1)
 say "# $(date -u +%Y-%m-%dT%H:%M:%SZ) tests/gpu/run.sh $*; commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown); $(nproc) cores; ${card:-no card}"
-nccl=yes
+nccl=yes tiles=
+[ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)" = 9.0 ] && tiles=yes
+[ -n "$trial" ] && tiles=yes
+export tiles
 if [ -n "$trial" ]; then
     times
     finish
 fi
 # The card's own instructions are enough for it.
-[ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)" = 9.0 ] && archs="-gencode=arch=compute_90a,code=sm_90a"
+[ -n "$tiles" ] && archs=$hopper
 # shellcheck disable=SC2034 # compile_one has it
 part build "$budget" build
 if [ -n "${MUONSHARD_GPU_FAKE-}" ] || [ ! -e /dev/nvidiactl ]; then
@@ -284,6 +311,7 @@ if grep -q '^FAIL .*nccl_smoke' $summary; then
 fi
 # Slow tests don't keep times from being taken; they come after them.
 reserved=$((budget / 2))
+correct_tiles
 correct
 reserved=0
 times
@@ -294,6 +322,11 @@ done
 part same_losses 10 same_losses
 part continued 60 continued
 if command -v compute-sanitizer >/dev/null; then
+    if [ -n "$tiles" ]; then
+        for tool in memcheck racecheck synccheck; do
+            MUONSHARD_TILE_CASES=20 part ${tool}_tile_product 90 compute-sanitizer --tool $tool --error-exitcode 9 $out/test_tile_product
+        done
+    fi
     for name in elementwise backend_data matrix_update newton_schulz gpt_device; do
         part sanitizer_$name 90 on_card compute-sanitizer --error-exitcode 9 $out/test_$name
     done
