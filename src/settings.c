@@ -137,7 +137,8 @@ const muonshard_param settings_table[] = {
     CHOICE(
         "ns_form", ns_form, "auto", "standard|gram|auto",
         "standard: A = X X^T, B = b A + c A A, X = a X + B X; gram: the same polynomial on X X^T, "
-        "of bf16 in fp32; auto: gram where it costs less."),
+        "of bf16 in fp32; auto: gram where there are 1.5 times as many columns as rows, or more, "
+        "and it costs less."),
     TEXT("gram_restarts", gram_restarts, "auto",
          "Steps, counted from 0 and separated by commas, before which the Gram form starts again "
          "from "

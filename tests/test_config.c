@@ -40,7 +40,7 @@ enum { KEYS = sizeof keys / sizeof keys[0] };
 static const char *const algorithms[][KEYS + 1] = {
     {"none",  "0.001",         "0.1",         "decoupled", "base",     "multiply", "0.95", "ema",
      "true",  "frobenius_max", "auto",        "simple",    "1",        "factor",   "all",  "5",
-     "fp32",  "standard",      "shape",       "flattened", "out_in",   "auto",     "0.01", "0.9",
+     "fp32",  "auto",          "shape",       "flattened", "out_in",   "auto",     "0.01", "0.9",
      "0.999", "1e-08",         "eps_outside", "false",     "decoupled"},
     {"jordan", "0.02",          "0",           "decoupled", "base",     "multiply", "0.95", "ema",
      "true",   "frobenius_add", "1e-07",       "simple",    "1",        "factor",   "all",  "5",

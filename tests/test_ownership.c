@@ -82,6 +82,7 @@ static double imbalance_of(const char *ownership, size_t *packed) {
     const int64_t splits[] = {768, 768, 768};
     assert_int_equal(muonshard_config_create(&config), MUONSHARD_OK);
     assert_int_equal(muonshard_config_set(config, "ownership", ownership), MUONSHARD_OK);
+    assert_int_equal(muonshard_config_set(config, "ns_form", "standard"), MUONSHARD_OK);
     static const int64_t shapes[4][3] = {
         {12, 2304, 768}, {12, 768, 768}, {12, 3072, 768}, {12, 768, 3072}};
     static const char *const names[] = {"qkv", "proj", "fc", "fcproj"};

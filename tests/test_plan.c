@@ -400,8 +400,8 @@ static void test_balanced_ownership(void **state) {
     const double square = 4.0, wide = 13.0, total = 48 * square + 24 * wide;
     for (int ranks = 1; ranks <= 80; ranks += 3) {
         fixture turns, balanced;
-        fixture_open(&turns, gpt2, 4, "", ranks);
-        fixture_open(&balanced, gpt2, 4, "{ownership: balanced}", ranks);
+        fixture_open(&turns, gpt2, 4, "{ns_form: standard}", ranks);
+        fixture_open(&balanced, gpt2, 4, "{ns_form: standard, ownership: balanced}", ranks);
         const double mean = total / ranks, best = mean > wide ? mean : wide;
         double *load = calloc((size_t)ranks, sizeof *load), most = 0.0;
         for (size_t v = 0; v < balanced.registry.view_count; v++) {
@@ -560,7 +560,7 @@ static void test_round_robin_of_different_shapes(void **state) {
         tensors[i] = (rig_tensor){RIG_TENSOR(names[i], MUONSHARD_ROLE_MATRIX, 2, 8, 8 + (int)i)};
     }
     fixture f;
-    fixture_open(&f, tensors, 6, "", 4);
+    fixture_open(&f, tensors, 6, "{ns_form: standard}", 4);
     for (size_t v = 0; v < 6; v++)
         assert_int_equal(f.plan.view_owner[v], v % 4);
     /* By hand: m m (3 n + m) each; ranks 0 and 1 have two. */

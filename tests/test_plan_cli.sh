@@ -32,8 +32,11 @@ refused() {
 }
 
 # GPT-2 124M with 50304 tokens: 124475904 parameters; 12 x (3 + 1 + 1 + 1) matrices. NS5, symmetric products at half price, a
-# square C: 5 (1+1+2) C^3 flop; C x 4C: 5 (4+1+8) C^3.
+# square C: 5 (1+1+2) C^3 flop; C x 4C: 5 (4+1+8) C^3, or in the Gram form with one restart (20 + 3 2 3) C^3.
 plan "$models/gpt2-124m.yaml" --ranks 1,4,8
+flop=$(awk 'BEGIN { c = 768 ^ 3; printf "%.3f", (48 * 5 * 4 + 24 * 38) * c * 1e-9 }')
+says "the model, Gram" "Newton-Schulz ${flop/./\\.} GFLOP"
+plan "$models/gpt2-124m.yaml" --ranks 1,4,8 ns_form=standard
 flop=$(awk 'BEGIN { c = 768 ^ 3; printf "%.3f", (48 * 5 * 4 + 24 * 5 * 13) * c * 1e-9 }')
 says "the model" "16 tensors, 124\.476 M parameters, 72 matrices, Newton-Schulz ${flop/./\\.} GFLOP"
 # 84.9 M parameters in matrices, fp32, momentum; 39.5 M element-wise ones in 604 chunks of 65536, twice.

@@ -98,6 +98,7 @@ __device__ void fetch(const tile_product_args &p, uint32_t shared, unsigned rank
             return;
         const tile_place tile = tile_place_of(&p.work, s.unit, (int)rank);
         const int matrix = p.matrices[tile.matrix];
+#pragma unroll 1
         for (int step = s.begin; step < s.end; step++, at.next()) {
             barrier_wait(at.empty(), at.phase ^ 1);
             barrier_expect(at.full(), S::stage_bytes);
@@ -147,6 +148,7 @@ __device__ void multiply(const tile_segment &s, int group, bool hands_on, ring<W
     typedef shape<Width> S;
     const uint32_t mine = S::shared ? (uint32_t)group * BOX_BYTES : 0;
     uint32_t done = 0; /* barrier of the stage before */
+#pragma unroll 1
     for (int step = s.begin; step < s.end; step++, at.next()) {
         const uint64_t a = descriptor(at.a() + mine, ATurned), b = descriptor(at.b(), BTurned);
         barrier_wait(at.full(), at.phase);
