@@ -142,6 +142,8 @@ static void check_segments(int rows, int depth, int matrices, int clusters, int 
     const tile_work w = tile_work_of(rows, rows, depth, 1, matrices, 128, clusters, sharers);
     assert_true(w.clusters >= 1 && w.clusters <= clusters);
     assert_true(w.sharers >= w.tail && w.sharers <= w.clusters);
+    assert_true(w.tail || !w.sharers);
+    assert_int_equal(w.clusters, w.total < clusters ? w.sharers : clusters); /* none is idle */
     seen s = {calloc((size_t)w.total, (size_t)w.steps),
               calloc((size_t)w.clusters, (size_t)w.total)};
     for (int cluster = 0; cluster < w.clusters; cluster++)
@@ -191,6 +193,14 @@ static void test_large(void **state) {
 
 /* ---- the model ---- */
 
+/* Parts of a tail that there is, neither too small nor for more clusters than there are, which the
+ * file of choices would not take back. */
+static void check_parts(const tile_work *w, const tile_cut *cut) {
+    assert_true(w->tail && cut->sharers > w->tail && cut->sharers <= w->clusters);
+    assert_true((int64_t)w->tail * w->steps >= (int64_t)cut->sharers * TILE_LEAST_STEPS);
+    assert_true(cut->sharers <= w->tail * TILE_MOST_PARTS);
+}
+
 static void test_cuts(void **state) {
     (void)state;
     for (int rows = 1; rows <= 5000; rows += 173)
@@ -202,7 +212,11 @@ static void test_cuts(void **state) {
                 int found = 0;
                 assert_true(count >= 2 && count <= TILE_MOST_CUTS);
                 for (int i = 0; i < count; i++) {
+                    const tile_work w = tile_work_of(rows, rows, rows, 1, matrices, cuts[i].width,
+                                                     66, cuts[i].sharers);
                     assert_true(may_cut || cuts[i].sharers == 0);
+                    if (cuts[i].sharers)
+                        check_parts(&w, &cuts[i]);
                     found += cuts[i].width == best.width && cuts[i].sharers == best.sharers;
                 }
                 assert_int_equal(found, 1);

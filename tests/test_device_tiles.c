@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "device_fixture.h"
 
@@ -21,7 +22,7 @@ static const rig_tensor some[SOME] = {
     {RIG_TENSOR("deep", MUONSHARD_ROLE_MATRIX, 2, 264, 2560)},
 };
 /* A side that is no multiple of 8. */
-static const rig_tensor odd[] = {{RIG_TENSOR("odd", MUONSHARD_ROLE_MATRIX, 2, 20, 44)}};
+static const rig_tensor odd[] = {{RIG_TENSOR("odd", MUONSHARD_ROLE_MATRIX, 2, 12, 24)}};
 
 static rig_case some_case(const char *yaml) {
     return (rig_case){.tensors = some, .count = SOME, .yaml = yaml, .steps = 2};
@@ -132,6 +133,90 @@ static void test_what_bits_depend_on(void **state) {
     assert_true(digest_at(1, &cut) == digest_at(1, &cut));
 }
 
+/* ---- the file of choices ---- */
+
+static char file_name[] = "/tmp/muonshard-tiles-XXXXXX";
+
+/* With the file, and more settings; without NCCL, which is asked how far it is a number of times.
+ */
+static uint64_t digest_with_file(const char *more) {
+    char yaml[240];
+    snprintf(yaml, sizeof yaml,
+             "{gemm_kernels: hopper, ns_dtype: bf16, ns_steps: 2, comm: self, gemm_table: %s%s}",
+             file_name, more);
+    const rig_case setup = some_case(yaml);
+    muonshard_comm *comm;
+    muonshard_status status;
+    assert_int_equal(muonshard_comm_create_self(NULL, &comm), MUONSHARD_OK);
+    const uint64_t digest = rig_run(comm, &setup, &status);
+    assert_int_equal(status, MUONSHARD_OK);
+    muonshard_comm_destroy(comm);
+    return digest;
+}
+
+/* All products of ours in the file are not to be cut any more: how many were. The second word of
+ * the algorithm, behind the key, is how many clusters share. */
+static int undo_cuts(void) {
+    char lines[64][512];
+    int count = 0, cuts = 0;
+    FILE *file = fopen(file_name, "r");
+    assert_non_null(file);
+    while (count < 64 && fgets(lines[count], sizeof lines[0], file))
+        count++;
+    fclose(file);
+    file = fopen(file_name, "w");
+    for (int i = 0; i < count; i++) {
+        char *width = i ? strstr(lines[i], " 80 ") : NULL;
+        if (i && !width)
+            width = strstr(lines[i], " 100 ");
+        if (width) {
+            char *sharers = strchr(width + 1, ' ') + 1, *rest = strchr(sharers, ' ');
+            cuts += *sharers != '0';
+            fprintf(file, "%.*s0%s", (int)(sharers - lines[i]), lines[i], rest);
+        } else {
+            fputs(lines[i], file);
+        }
+    }
+    fclose(file);
+    return cuts;
+}
+
+/* What is in it is what runs, but for cuts where nothing may be cut. */
+static void test_file_of_cuts(void **state) {
+    (void)state;
+    const int descriptor = mkstemp(file_name);
+    assert_true(descriptor >= 0);
+    close(descriptor);
+    remove(file_name);
+    const uint64_t cut = digest_with_file("");
+    assert_true(digest_with_file("") == cut);
+    const uint64_t whole = digest_with_file(", deterministic: true");
+    assert_true(whole != cut);
+    assert_true(undo_cuts() > 0);
+    assert_true(digest_with_file("") == whole);
+    remove(file_name);
+}
+
+static long calls_of(const char *more) {
+    const long before = fake.calls();
+    digest_with_file(more);
+    return fake.calls() - before;
+}
+
+/* Each cut runs six times, at commit; and not again where the file has the fastest. */
+static void test_cuts_by_time(void **state) {
+    (void)state;
+    const long proposed = calls_of("");
+    remove(file_name);
+    const long measured = calls_of(", gemm_choice: measured");
+    const long again = calls_of(", gemm_choice: measured");
+    print_message("calls: %ld with a model's cuts, %ld to measure, %ld with the file\n", proposed,
+                  measured, again);
+    assert_true(measured > again + 600);
+    assert_true(again < proposed + 450); /* numbers to measure on, and each product once */
+    remove(file_name);
+}
+
 /* Each rank gets what one would have; the mean of the same gradients is the gradient. */
 static void test_ranks(void **state) {
     (void)state;
@@ -164,6 +249,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_whose_products),      cmocka_unit_test(test_near_cublaslt),
         cmocka_unit_test(test_what_bits_depend_on), cmocka_unit_test(test_ranks),
+        cmocka_unit_test(test_file_of_cuts),        cmocka_unit_test(test_cuts_by_time),
         cmocka_unit_test(test_only_for_hopper),
     };
     return cmocka_run_group_tests(tests, find_fake, NULL);

@@ -13,8 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const int64_t shapes[][2] = {{1, 1},   {1, 50},    {7, 13},   {31, 17},
-                                    {64, 64}, {130, 300}, {132, 68}, {66, 40}};
+static const int64_t shapes[][2] = {{1, 1},     {1, 50},   {7, 13},  {31, 17}, {64, 64},
+                                    {130, 300}, {132, 68}, {66, 40}, {72, 136}};
 enum { SHAPES = sizeof shapes / sizeof shapes[0], COUNT = 3 };
 
 /* Everything a program can be made of. */
@@ -92,6 +92,66 @@ static void check_single(const ns_program *program, int64_t r, int64_t c, float 
 static void test_batched_equals_single(void **state) {
     (void)state;
     for_all(check_single);
+}
+
+/* A batch in which some matrices are turned, in no order, and each is what it is by itself. There
+ * are DISTINCT of them, again and again. */
+static void check_mixed(size_t kind, int64_t m, int64_t n, size_t count) {
+    enum { DISTINCT = 5 };
+    static const bool turned[DISTINCT] = {true, false, false, true, false};
+    const ns_program program = program_of(kind, m, n);
+    const size_t elements = (size_t)(m * n);
+    oracle_rng rng = {kind};
+    float *u[DISTINCT], *alone[DISTINCT], *got = ns_numbers(elements);
+    orthogonalize_item *items = calloc(count, sizeof *items);
+    backend *b = NULL;
+    error_text error;
+    void *workspace;
+    for (size_t i = 0; i < DISTINCT; i++) {
+        const int64_t r = turned[i] ? n : m, c = turned[i] ? m : n;
+        u[i] = ns_matrix(r, c, ORACLE_GAUSSIAN, &rng);
+        alone[i] = ns_numbers(elements);
+        ns_run(&program, r, c, &u[i], &alone[i], 1, false);
+    }
+    assert_int_equal(test_backend_open(&b, &error), MUONSHARD_OK);
+    const size_t bytes = b->ops->orthogonalize_workspace(b, &program, m, n, count);
+    assert_int_equal(b->ops->alloc(b, &workspace, bytes), MUONSHARD_OK);
+    for (size_t i = 0; i < count; i++)
+        items[i] = (orthogonalize_item){
+            .u = u[i % DISTINCT], .out = ns_numbers(elements), .transposed = turned[i % DISTINCT]};
+    assert_int_equal(b->ops->orthogonalize(b, NULL, &program, m, n, items, count, workspace),
+                     MUONSHARD_OK);
+    for (size_t i = 0; i < count; i++) {
+        const float *wanted = alone[i % DISTINCT];
+        dtype_load(got, items[i].out, ns_program_output(&program), elements);
+        if (test_backend_is_card())
+            assert_true(difference_of(got, wanted, elements) <= twice[program.dtype]);
+        else
+            assert_memory_equal(got, wanted, elements * sizeof(float));
+        free(items[i].out);
+    }
+    for (size_t i = 0; i < DISTINCT; i++) {
+        free(u[i]);
+        free(alone[i]);
+    }
+    free(items);
+    free(got);
+    b->ops->free(b, workspace);
+    backend_close(b);
+}
+
+static void test_turned_ones_among_others(void **state) {
+    (void)state;
+    for (size_t k = 0; k < KINDS; k++) {
+        check_mixed(k, 8, 24, 5);
+        check_mixed(k, 72, 136, 7);
+    }
+}
+
+/* More than one launch takes. */
+static void test_large_batch(void **state) {
+    (void)state;
+    check_mixed(3, 8, 16, 1030);
 }
 
 static void check_transposed(const ns_program *program, int64_t r, int64_t c, float **u,
@@ -248,6 +308,8 @@ static void test_skip_leaves_the_matrix(void **state) {
 int main(void) {
     const struct CMUnitTest all[] = {
         cmocka_unit_test(test_batched_equals_single),
+        cmocka_unit_test(test_turned_ones_among_others),
+        cmocka_unit_test(test_large_batch),
         cmocka_unit_test(test_transposed_input_gives_transposed_bits),
         cmocka_unit_test(test_where_matrices_start_changes_no_bit),
         cmocka_unit_test(test_instructions_change_no_bit),

@@ -113,9 +113,10 @@ typedef struct tile_product {
  * tile_cuts. */
 muonshard_status tile_products_open(backend *self, bool may_cut);
 void tile_products_close(backend *self);
-/* TMA takes rows and starts that are multiples of 16 bytes. */
+/* TMA takes rows and starts that are multiples of 16 bytes, and matrices a number of rows apart. */
 bool tile_takes(const backend *self, const ns_program *program, int64_t m, int64_t n, size_t count);
-bool tile_takes_address(gemm_matrices m);
+/* Matrices [m, n] and [n, m] at the places of a batch. */
+bool tile_takes_places(gemm_matrices of, int64_t m, int64_t n);
 /* As gemm_run and gemm_prepare. */
 muonshard_status tile_run(backend *self, const tile_product *t, void *workspace);
 muonshard_status tile_prepare(backend *self, const tile_product *t, void *workspace);

@@ -244,8 +244,7 @@ static muonshard_status tile(const buffers *s, const tile_product *t) {
 
 /* Where a product leaves dst, or finds an operand, of items that are turned as `turned` has it. */
 static gemm_matrices tile_matrices(const buffers *s, ns_buffer b, bool turned) {
-    return (gemm_matrices){s->at[b], turned || !ns_is_wide(b) ? s->m : s->n,
-                           s->m * width(s, b)};
+    return (gemm_matrices){s->at[b], turned || !ns_is_wide(b) ? s->m : s->n, s->m * width(s, b)};
 }
 
 /* X X^T, or a product of squares. */
@@ -359,7 +358,7 @@ static gemm_matrices results_of(const buffers *s) {
     const ptrdiff_t bytes = s->count > 1 ? (const char *)s->items[1].out - first : matrix;
     const gemm_matrices results = {first, s->n, bytes / element};
     bool even = last->kind == NS_PRODUCT && last->dst == program->result && bytes >= matrix &&
-                bytes % element == 0 && (!s->tiles || tile_takes_address(results));
+                bytes % element == 0 && (!s->tiles || tile_takes_places(results, s->m, s->n));
     for (size_t i = 0; i < s->count; i++)
         even = even && (s->tiles || !s->items[i].transposed) &&
                (const char *)s->items[i].out == first + (ptrdiff_t)i * bytes;

@@ -59,9 +59,8 @@ bool tile_takes(const backend *self, const ns_program *program, int64_t m, int64
            count < MOST_MATRICES;
 }
 
-bool tile_takes_address(gemm_matrices m) {
-    return (uintptr_t)m.at % TMA_BYTES == 0 && m.pitch * 2 % TMA_BYTES == 0 &&
-           m.stride * 2 % TMA_BYTES == 0;
+bool tile_takes_places(gemm_matrices of, int64_t m, int64_t n) {
+    return (uintptr_t)of.at % TMA_BYTES == 0 && of.stride % m == 0 && of.stride % n == 0;
 }
 
 /* ---- maps ---- */

@@ -4,6 +4,8 @@
 
 #include <cstring>
 #include <list>
+#include <set>
+#include <tuple>
 
 #include "fake.h"
 
@@ -50,6 +52,7 @@ bool valid(const array_map &m) {
              m.box[i] <= 256;
     for (unsigned i = 0; i < 2; i++)
         ok = ok && m.stride[i] % 16 == 0 && m.stride[i] < (uint64_t)1 << 40;
+    ok = ok && m.stride[0] && m.stride[1] % m.stride[0] == 0; /* as the driver's manual has it */
     return ok && m.row_bytes() % 16 == 0 && (!m.swizzle || m.row_bytes() <= 128);
 }
 
@@ -200,7 +203,8 @@ struct store {
 };
 
 std::list<store> stores;
-std::vector<thread *> waiting; /* for their stores' sources to be read */
+std::vector<thread *> waiting;                          /* for their stores' sources to be read */
+std::set<std::tuple<const char *, int, int, int>> sent; /* boxes of this grid */
 
 void read(store &s) {
     if (!s.read)
@@ -265,6 +269,7 @@ void store_rest(void) {
     for (store &s : stores)
         write(s);
     stores.clear();
+    sent.clear();
 }
 
 bool load_pending(const block &b, range r) {
@@ -320,6 +325,8 @@ void tma_store(const CUtensorMap *map, uint32_t src, int x, int y, int z) {
     const range at = {address, address + m.box_bytes()};
     check_free(*running->in, at, LOADS | BARRIERS, "tma_store");
     check_fenced(*running->in, at, "tma_store");
+    if (!sent.insert({m.memory, x, y, z}).second)
+        broken("a second tma_store to (%d, %d, %d) in one grid: nothing orders the two", x, y, z);
     stores.push_back(
         {{m, x, y, z}, running, running->stores_committed, at, false, false, false, {}});
     running->stores_open = true;
