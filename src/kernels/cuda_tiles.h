@@ -13,8 +13,9 @@
  * are left over when all clusters have as many (the tail) may be cut along the depth, so that
  * `sharers` clusters have equal parts of them: of a unit that is cut the cluster with its end
  * collects what those before it publish (stream-K: Osama et al., 2023). A cluster publishes first,
- * then collects, then does whole units, and waits only for clusters before it: whatever order
- * blocks start in is the order of their numbers, so that none waits for one that can't start. */
+ * then collects, then does whole units, and waits only for clusters before it. Clusters start in
+ * the order of their numbers, so that none waits for one that has no room to start; that is not
+ * documented, and matters only where others leave no room for all of them. */
 #ifndef CUDA_TILES_H
 #define CUDA_TILES_H
 

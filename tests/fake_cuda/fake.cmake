@@ -162,6 +162,7 @@ if(TARGET muonshard_cuda) # the kernel of tiles as nvcc has it
   target_include_directories(test_tile_product_card SYSTEM PRIVATE ${CUDA_INCLUDE})
   target_link_libraries(test_tile_product_card PRIVATE ${CUDA_cudart} PkgConfig::CMOCKA stdc++ m muonshard_flags)
   gpu_test(tile_product_card)
+  set_property(TEST tile_product_card_gpu APPEND PROPERTY ENVIRONMENT MUONSHARD_TILE_REPEATS=50)
 endif()
 foreach(name orthogonalize_cases newton_schulz)
   add_test(NAME ${name}_tiles_gpu COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/gpu/or_skip.sh $<TARGET_FILE:test_${name}>)

@@ -251,7 +251,7 @@ times() {
 # The kernel of tiles, and what the optimizer makes of it; without it nothing is timed with it.
 correct_tiles() {
     [ -n "$tiles" ] || return
-    part test_tile_product 60 $out/test_tile_product
+    MUONSHARD_TILE_REPEATS=50 part test_tile_product 60 $out/test_tile_product
     part tiles_newton_schulz 60 with_tiles $out/test_newton_schulz
     part tiles_orthogonalize_cases 90 with_tiles $out/test_orthogonalize_cases
     if grep -qE '^FAIL .*til' $summary; then
