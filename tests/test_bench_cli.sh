@@ -38,17 +38,17 @@ refused() {
 few=(-n 2 -w 1)
 
 # 5 (4 m m n / 2 + m m m + 2 m m n / 2): symmetric products count half.
-runs "$muonshard" bench ns "${few[@]}" --shapes 96x96,64x160x3,160x64 threads=2 -J ns.json
+runs "$muonshard" bench ns "${few[@]}" --shapes 96x96,64x160x3,160x64 threads=2 ns_form=standard -J ns.json
 says "ns: a square" "^ +96 +96 +2 +fp32 +standard .* 0$"
 says "ns: several" "^ +64 +160 +3 +fp32 +standard .* 0$"
 says "ns: tall" "^ +160 +64 +2 +fp32 +standard .* 0$"
 flops=$(awk 'BEGIN { m = 96; printf "%d", 2 * 5 * (m * m * m + m * m * m + 2 * m * m * m) }')
 says "ns: the operations of two" "\"flops\": $flops(\.0)?," ns.json
 for dtype in bf16 fp16 tf32; do
-    runs "$muonshard" bench ns "${few[@]}" --shapes 64x160 threads=1 ns_dtype=$dtype
+    runs "$muonshard" bench ns "${few[@]}" --shapes 64x160 threads=1 ns_form=standard ns_dtype=$dtype
     says "ns: $dtype" "^ +64 +160 +1 +$dtype +standard .* 0$"
 done
-runs "$muonshard" bench ns "${few[@]}" --shapes 32x256 threads=1 ns_form=auto instructions=portable
+runs "$muonshard" bench ns "${few[@]}" --shapes 32x256 threads=1 instructions=portable
 says "ns: form and kernels as configured" "portable kernels"
 says "ns: gram" "^ +32 +256 +1 +fp32 +gram .* 0$"
 runs "$muonshard" bench ns "${few[@]}" -b 32 -e 64 -i 16 -c 0 threads=1

@@ -365,11 +365,11 @@ typedef struct host_options {
 
 /* What the CUDA backend works with. */
 typedef struct cuda_options {
-    int local_rank; /* among the ranks of this machine: the device, where several are visible */
-    bool share;     /* ranks may share a device; then nothing overlaps on it */
-    bool measures;  /* prepare chooses by time */
-    int panels;     /* of symmetric products; 0: as many as pay */
-    bool tiles;     /* 16-bit products are our own kernel's; only for sm_90 */
+    int local_rank;     /* among the ranks of this machine: the device, where several are visible */
+    bool share;         /* ranks may share a device; then nothing overlaps on it */
+    bool measures;      /* prepare chooses by time */
+    int panels;         /* of symmetric products; 0: as many as pay */
+    bool tiles;         /* 16-bit products are our own kernel's; only for sm_90 */
     bool deterministic; /* sums don't depend on how many matrices a batch has */
 } cuda_options;
 

@@ -93,10 +93,10 @@ void gemm_table_free(gemm_table *table);
 /* Which matrices of a batch: those of items that lie as they are oriented, or turned. */
 typedef enum tile_which { TILE_ALL, TILE_UPRIGHT, TILE_TURNED } tile_which;
 
-/* dst [rows, cols] = alpha a b^T + beta c of 16-bit matrices, row-major; a [rows, depth], or [depth,
- * rows] where it is turned; b [cols, depth] or [depth, cols]. Symmetric: rows and cols are alike,
- * a b^T is symmetric but for rounding, and dst equals its transpose to the bit. shifted = dst +
- * gamma I, unless it is NULL. a_turned goes with b_turned and no other way. */
+/* dst [rows, cols] = alpha a b^T + beta c of 16-bit matrices, row-major; a [rows, depth], or
+ * [depth, rows] where it is turned; b [cols, depth] or [depth, cols]. Symmetric: rows and cols are
+ * alike, a b^T is symmetric but for rounding, and dst equals its transpose to the bit. shifted =
+ * dst + gamma I, unless it is NULL. a_turned goes with b_turned and no other way. */
 typedef struct tile_product {
     ns_dtype dtype;
     int64_t rows, cols, depth;

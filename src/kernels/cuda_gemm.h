@@ -21,7 +21,7 @@ typedef struct gemm_choice {
     gemm_key key;
     cublasLtMatmulDesc_t operation;              /* own */
     cublasLtMatrixLayout_t layouts[GEMM_PLACES]; /* own; as cuBLAS sees them, in columns */
-    cublasLtMatmulAlgo_t algorithm; /* of tiles: width and sharers, see tile_cut */
+    cublasLtMatmulAlgo_t algorithm;              /* of tiles: width and sharers, see tile_cut */
 } gemm_choice;
 
 struct gemm_table {

@@ -61,7 +61,8 @@ cudaError_t cuda_store_gram(const double *gram, const double *factors, size_t co
 /* x = diag(factors) times the items' matrices, oriented if `orients`, else as they lie; multiplied
  * in fp64, rounded once to fp32 and from there to the dtype. */
 cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
-                         bool orients, const double *factors, ns_dtype dtype, void *x, cudaStream_t stream);
+                         bool orients, const double *factors, ns_dtype dtype, void *x,
+                         cudaStream_t stream);
 /* To where the items want it, as `wanted`; x is oriented, or not. */
 cudaError_t cuda_give_back(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
                            bool oriented, ns_dtype dtype, const void *x, muonshard_dtype wanted,

@@ -164,15 +164,16 @@ static void (*const store_x_kernels[])(item_list<orthogonalize_item>, int64_t, i
     store_x_kernel<MUONSHARD_FP32>, store_x_kernel<MUONSHARD_BF16>, store_x_kernel<MUONSHARD_FP16>};
 
 cudaError_t cuda_store_x(const orthogonalize_item *items, size_t count, int64_t m, int64_t n,
-                         bool orients, const double *factors, ns_dtype dtype, void *x, cudaStream_t stream) {
+                         bool orients, const double *factors, ns_dtype dtype, void *x,
+                         cudaStream_t stream) {
     const muonshard_dtype stored = stored_as(dtype);
     const size_t bytes = (size_t)m * (size_t)n * dtype_size(stored);
-    return in_order(
-        items, count, [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
-            return launch(store_x_kernels[stored], blocks_of(m, n, used), dim3(THREADS), stream,
-                          list, m, n, orients, factors + before * (size_t)m,
-                          (char *)x + before * bytes);
-        });
+    return in_order(items, count,
+                    [&](const item_list<orthogonalize_item> &list, unsigned used, size_t before) {
+                        return launch(store_x_kernels[stored], blocks_of(m, n, used), dim3(THREADS),
+                                      stream, list, m, n, orients, factors + before * (size_t)m,
+                                      (char *)x + before * bytes);
+                    });
 }
 
 template <muonshard_dtype Wanted>
