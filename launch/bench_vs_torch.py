@@ -57,14 +57,14 @@ def arguments():
                         help="cuda: of parameters and gradients of --shapes; may be repeated; default fp32")
     parser.add_argument("--ours", action="append", help="settings to run ours with, may be repeated; default: "
                         + "; ".join(f"{d}: {', '.join(o)}" for d, o in OURS.items()))
-    parser.add_argument("--hopper", action="store_true", help="beside those of cuda ours with its own kernels for sm_90")
+    parser.add_argument("--hopper", action="store_true", help="ours with its own kernels for sm_90 as well")
     parser.add_argument("--bench", default="", help="more words for muonshard bench")
     parser.add_argument("--json", help="write all figures here")
     parser.add_argument("overrides", nargs="*", help="key=value for ours")
     args = parser.parse_args()
     args.torch_device = args.torch_device or args.device
     args.iterations = args.iterations or (20 if args.device == "cuda" else 5)
-    args.ours = args.ours or OURS[args.device] + (OURS["hopper"] if args.hopper else [])
+    args.ours = (args.ours or OURS[args.device]) + (OURS["hopper"] if args.hopper else [])
     args.shapes = SHAPES[args.device] if args.shapes is None else args.shapes
     args.model = [m for m in args.model if m] if args.model else [os.path.join(HERE, m) for m in MODELS[args.device]]
     args.dtype = args.dtype or ["fp32"]

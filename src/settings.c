@@ -220,14 +220,17 @@ const muonshard_param settings_table[] = {
     BOOL("deterministic", deterministic, "false",
          "Over NCCL gradients are exchanged and summed in rank order: bits as over MPI at any "
          "number "
-         "of ranks; otherwise NCCL sums fp32 itself, in an order of its own."),
+         "of ranks; otherwise NCCL sums fp32 itself, in an order of its own. Products of our own "
+         "(gemm_kernels) are not cut along the depth."),
     BOOL("cuda_graphs", cuda_graphs, "true",
          "What a GPU computes between two collectives, or up to where parameters are applied, is "
          "launched as one CUDA graph."),
-    CHOICE("gemm_kernels", gemm_kernels, "cublaslt", "cublaslt|hopper",
-           "Whose kernels multiply in Newton-Schulz on a GPU. hopper: 16-bit products of matrices "
-           "whose sides are multiples of 8 through a kernel of ours for sm_90, which makes half of "
-           "a symmetric result; not measured on a card yet. All others, and cublaslt: cuBLASLt."),
+    CHOICE(
+        "gemm_kernels", gemm_kernels, "cublaslt", "cublaslt|hopper",
+        "Whose kernels multiply in Newton-Schulz on a GPU. hopper: programs in bf16 or fp16 alone "
+        "(not bf16 in the Gram form), of matrices whose sides are multiples of 8, through a "
+        "kernel of ours for sm_90, which makes half of a symmetric result; not run on a card "
+        "yet. All others, and cublaslt: cuBLASLt."),
     CHOICE("gemm_choice", gemm_choice, "proposed", "proposed|measured",
            "Which of cuBLASLt's algorithms multiplies in Newton-Schulz, and how products of our "
            "own kernel are cut, chosen once a shape, at commit: the first it proposes and what a "

@@ -25,6 +25,7 @@ int find_fake(void **state) {
     *(void **)&fake.seed = dlsym(library, "fake_cuda_seed");
     *(void **)&fake.fast = dlsym(library, "fake_blas_fast");
     *(void **)&fake.blas = dlsym(library, "fake_blas_given");
+    *(void **)&fake.launches = dlsym(library, "fake_hopper_launches");
     *(void **)&runtime.create = dlsym(library, "cudaStreamCreateWithFlags");
     *(void **)&runtime.destroy = dlsym(library, "cudaStreamDestroy");
     *(void **)&runtime.pin = dlsym(library, "cudaHostAlloc");

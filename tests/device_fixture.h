@@ -20,6 +20,7 @@ typedef struct fake_calls {
     void (*seed)(unsigned seed);
     void (*blas)(long *proposals, long *products);
     void (*fast)(int algorithm);
+    long (*launches)(void); /* of kernels of clusters */
 } fake_calls;
 extern fake_calls fake;
 

@@ -137,24 +137,23 @@ static float element(const product *p, const operands *o, int m, int row, int co
     return p->adds ? fmaf(p->beta, widen(p->bf16, *at(&o->c, m, row, col)), multiple) : multiple;
 }
 
+/* To the bit, but for the sign of a zero, which depends on where a device begins to add. */
+static bool same(uint16_t got, uint16_t wanted) {
+    return got == wanted || !((got | wanted) & 0x7fff);
+}
+
 static void check(const product *p, const operands *o, int m, int row, int col, uint16_t wanted) {
     const uint16_t got = *at(&o->dst, m, row, col), moved = *at(&o->shifted, m, row, col);
     const uint16_t diagonal =
         narrow(p->bf16, widen(p->bf16, wanted) + (row == col ? (float)GAMMA : 0.0f));
-    if (got != wanted || (p->shifts && moved != diagonal))
+    const bool right = same(got, wanted) && (!p->shifts || same(moved, diagonal));
+    if (!right)
         print_message("%d x %d x %d, symmetric %d, turned %d %d, bf16 %d, width %d, clusters %d, "
                       "sharers %d: matrix %d (%d, %d) is %g and %g, not %g\n",
                       p->rows, p->cols, p->depth, p->symmetric, p->a_turned, p->b_turned, p->bf16,
                       p->width, p->clusters, p->sharers, m, row, col, (double)widen(p->bf16, got),
                       (double)widen(p->bf16, moved), (double)widen(p->bf16, wanted));
-    assert_int_equal(got, wanted);
-    if (p->shifts)
-        assert_int_equal(moved, diagonal);
-}
-
-/* -0 may come out as 0. */
-static uint16_t rounded(const product *p, float x) {
-    return narrow(p->bf16, x == 0.0f ? 0.0f : x);
+    assert_true(right);
 }
 
 static void check_matrix(const product *p, const operands *o, int m) {
@@ -162,7 +161,7 @@ static void check_matrix(const product *p, const operands *o, int m) {
         for (int col = 0; col < p->cols; col++) {
             if (p->symmetric && col > row)
                 continue;
-            const uint16_t wanted = rounded(p, element(p, o, m, row, col));
+            const uint16_t wanted = narrow(p->bf16, element(p, o, m, row, col));
             check(p, o, m, row, col, wanted);
             if (p->symmetric)
                 check(p, o, m, col, row, wanted);
@@ -391,10 +390,19 @@ static int end(void **state) {
     return 0;
 }
 
+#pragma weak fake_hopper_conflicts
+extern long fake_hopper_conflicts(void);
+
+/* After all others: no fragment went to banks that another one's row was on its way to. */
+static void test_no_conflicts(void **state) {
+    (void)state;
+    assert_true(!fake_hopper_conflicts || fake_hopper_conflicts() == 0);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_every_kernel),
-                                       cmocka_unit_test(test_edges), cmocka_unit_test(test_parts),
-                                       cmocka_unit_test(test_lists),
-                                       cmocka_unit_test(test_by_chance)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_kernel), cmocka_unit_test(test_edges),
+        cmocka_unit_test(test_parts),        cmocka_unit_test(test_lists),
+        cmocka_unit_test(test_by_chance),    cmocka_unit_test(test_no_conflicts)};
     return cmocka_run_group_tests(tests, begin, end);
 }

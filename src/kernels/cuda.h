@@ -109,13 +109,14 @@ typedef struct tile_product {
     tile_which which;
 } tile_product;
 
-/* ERR_CONFIG: the device has not the instructions; ERR_UNAVAILABLE: nor the driver. `may_cut`: see
+/* ERR_CONFIG: the device has not the instructions, or the driver no tensor maps. `may_cut`: see
  * tile_cuts. */
 muonshard_status tile_products_open(backend *self, bool may_cut);
 void tile_products_close(backend *self);
-/* TMA takes rows and starts that are multiples of 16 bytes, and matrices a number of rows apart. */
+/* Whether all products of the program are this kernel's: 16 bits, and rows and starts that are
+ * multiples of 16 bytes, as TMA wants them. */
 bool tile_takes(const backend *self, const ns_program *program, int64_t m, int64_t n, size_t count);
-/* Matrices [m, n] and [n, m] at the places of a batch. */
+/* And whether it can leave matrices [m, n] and [n, m] at these places: a number of rows apart. */
 bool tile_takes_places(gemm_matrices of, int64_t m, int64_t n);
 /* As gemm_run and gemm_prepare. */
 muonshard_status tile_run(backend *self, const tile_product *t, void *workspace);

@@ -8,8 +8,9 @@
 /* Of a, b, c and dst. */
 enum { GEMM_A, GEMM_B, GEMM_C, GEMM_DST, GEMM_PLACES };
 
-/* Compared as bytes: all of it is set, padding too. Products of our own kernel have `tiles`, and
- * neither pitch nor stride nor alignment. */
+/* Compared as bytes: all of it is set, padding too. Products of our own kernel have `tiles`, which
+ * says whether a is turned and whether they may be cut along the depth, and neither pitch nor
+ * stride nor alignment. */
 typedef struct gemm_key {
     int64_t tiles, symmetric;
     int64_t operands, stored, b_transposed, adds, rows, cols, depth, batch;

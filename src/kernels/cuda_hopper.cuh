@@ -274,7 +274,7 @@ __device__ static inline void fence_device(void) {
 }
 
 /* What other blocks have written: not from a cache of this one. */
-__device__ static inline float load_shared_by_all(const float *from) {
+__device__ static inline float load_from_device(const float *from) {
     return __ldcg(from);
 }
 

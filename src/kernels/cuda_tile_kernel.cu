@@ -189,7 +189,7 @@ template <int Width> struct part {
     unsigned *flag;
     __device__ part(const tile_product_args &p, unsigned block, int group) {
         const unsigned half = shape<Width>::shared ? (unsigned)group : 0;
-        sums = p.parts + ((size_t)block * GROUPS + half) * GROUP * (TILE_ROWS * Width / 2 / GROUP);
+        sums = p.parts + ((size_t)block * GROUPS + half) * (TILE_ROWS * Width / 2);
         flag = p.flags + (size_t)block * GROUPS + half;
     }
 };
@@ -231,7 +231,7 @@ __device__ void collect(const tile_product_args &p, const tile_segment &s, int c
 #pragma unroll
             for (int i = 0; i < Width / 2; i++)
                 sums[h][i] +=
-                    load_shared_by_all(&theirs.sums[(size_t)(h * Width / 2 + i) * GROUP + t]);
+                    load_from_device(&theirs.sums[(size_t)(h * Width / 2 + i) * GROUP + t]);
     }
 }
 
@@ -455,16 +455,16 @@ template <int Width, bool Bf16, bool ATurned, bool BTurned>
 __global__ void KERNEL_OF_CLUSTER(BLOCK_THREADS)
     tile_kernel(const __grid_constant__ tile_product_args p) {
     const uint32_t shared = dynamic_shared();
-    const int cluster = (int)(blockIdx.x / CLUSTER), warps = (int)(threadIdx.x / GROUP);
+    const int cluster = (int)(blockIdx.x / CLUSTER), group = (int)(threadIdx.x / GROUP) - 1;
     begin<Width>(p, shared);
-    if (warps == 0) {
+    if (group < 0) {
         give_registers<40>();
         if (threadIdx.x == 0)
             fetch<Width, ATurned, BTurned>(p, shared, cluster_rank(), cluster);
         warp_sync();
     } else {
         take_registers<232>();
-        compute<Width, Bf16, ATurned, BTurned>(p, shared, cluster, warps - 1);
+        compute<Width, Bf16, ATurned, BTurned>(p, shared, cluster, group);
     }
     cluster_sync(); /* the other block may still write to this one's memory, or arrive */
 }

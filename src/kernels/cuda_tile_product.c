@@ -28,8 +28,8 @@ muonshard_status tile_products_open(backend *self, bool may_cut) {
             self->device_text);
     TRY_CUDA(self, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
                                                     cudaEnableDefault, &found));
-    FAIL_IF(found != cudaDriverEntryPointSuccess || !encode, &self->error,
-            MUONSHARD_ERR_UNAVAILABLE, "gemm_kernels: hopper: the driver has no tensor maps");
+    FAIL_IF(found != cudaDriverEntryPointSuccess || !encode, &self->error, MUONSHARD_ERR_CONFIG,
+            "gemm_kernels: hopper: the driver has no tensor maps");
     tile_products *tiles = calloc(1, sizeof *tiles);
     FAIL_IF(!tiles, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
     impl->tiles = tiles;
@@ -129,7 +129,7 @@ static tile_work work_of(const tile_launch *l, tile_cut cut) {
                         cut.width, cuda_of(l->self)->tiles->clusters, cut.sharers);
 }
 
-static cudaError_t start(const tile_launch *l, tile_cut cut) {
+static cudaError_t launch(const tile_launch *l, tile_cut cut) {
     tile_product_args args = l->args;
     args.work = work_of(l, cut);
     return cuda_tile_product(&args, l->product->dtype == NS_BF16, l->product->a_turned,
@@ -138,7 +138,7 @@ static cudaError_t start(const tile_launch *l, tile_cut cut) {
 
 static bool run_cut(const void *context, int i) {
     const tile_launch *l = context;
-    return start(l, l->cuts[i]) == cudaSuccess;
+    return launch(l, l->cuts[i]) == cudaSuccess;
 }
 
 /* Sums of units that are cut have to have room. */
@@ -171,7 +171,7 @@ static muonshard_status find_cut(tile_launch *l, bool by_time, tile_cut *cut) {
     cuda_impl *impl = cuda_of(l->self);
     gemm_key key;
     memset(&key, 0, sizeof key);
-    key.tiles = 1 + t->a_turned;
+    key.tiles = 1 + t->a_turned + 2 * may_cut(impl->tiles);
     key.symmetric = t->symmetric;
     key.operands = key.stored = t->dtype == NS_BF16 ? GEMM_BF16 : GEMM_FP16;
     key.b_transposed = !t->b_turned;
@@ -183,8 +183,6 @@ static muonshard_status find_cut(tile_launch *l, bool by_time, tile_cut *cut) {
     const gemm_choice *known = gemm_find(impl, &key);
     if (known) {
         *cut = gemm_cut(known);
-        if (!may_cut(impl->tiles)) /* whoever chose it could */
-            cut->sharers = 0;
         return MUONSHARD_OK;
     }
     TRY(choose(l, by_time, cut));
@@ -201,17 +199,17 @@ static muonshard_status find_cut(tile_launch *l, bool by_time, tile_cut *cut) {
 static muonshard_status each_launch(backend *self, const tile_product *t, bool prepares,
                                     void *workspace) {
     tile_launch l = {.self = self, .product = t};
+    uint16_t list[TILE_MATRICES];
     size_t next = 0;
-    TRY(make_args(self, t, workspace, &l.args));
-    for (;;) {
+    while ((l.matrices = fill_list(t, &next, list)) > 0) {
         tile_cut cut;
-        l.matrices = fill_list(t, &next, l.args.matrices);
-        if (!l.matrices)
-            return MUONSHARD_OK;
+        TRY(make_args(self, t, workspace, &l.args));
+        memcpy(l.args.matrices, list, sizeof list[0] * (size_t)l.matrices);
         TRY(find_cut(&l, prepares && cuda_of(self)->measures_gemms, &cut));
         if (!prepares)
-            TRY_CUDA(self, start(&l, cut));
+            TRY_CUDA(self, launch(&l, cut));
     }
+    return MUONSHARD_OK;
 }
 
 muonshard_status tile_run(backend *self, const tile_product *t, void *workspace) {

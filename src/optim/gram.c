@@ -1,6 +1,7 @@
 #include "optim/gram.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -112,8 +113,7 @@ static void place(search *s, const followed before[COARSE], gram_restarts restar
     }
 }
 
-bool gram_restarts_plan(const coefficient_row *rows, int steps, ns_dtype dtype,
-                        gram_restarts *restarts) {
+static bool plan(const coefficient_row *rows, int steps, ns_dtype dtype, gram_restarts *restarts) {
     const bool exact = dtype == NS_BF16;
     search s = {
         .rows = rows, .steps = steps, .perturbation = exact ? 1e-6 : 4e-4, .best = CONDITION_MAX};
@@ -127,4 +127,30 @@ bool gram_restarts_plan(const coefficient_row *rows, int steps, ns_dtype dtype,
         place(&s, first, 0, 0, count);
     *restarts = s.found;
     return s.best < CONDITION_MAX;
+}
+
+/* The last one, which every shape of a plan asks for again; some milliseconds each time. */
+static struct {
+    pthread_mutex_t lock;
+    coefficient_row rows[NS_MAX_STEPS];
+    int steps;
+    ns_dtype dtype;
+    bool found;
+    gram_restarts restarts;
+} last = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+bool gram_restarts_plan(const coefficient_row *rows, int steps, ns_dtype dtype,
+                        gram_restarts *restarts) {
+    const size_t bytes = (size_t)steps * sizeof *rows;
+    pthread_mutex_lock(&last.lock);
+    if (last.steps != steps || last.dtype != dtype || memcmp(last.rows, rows, bytes) != 0) {
+        last.found = plan(rows, steps, dtype, &last.restarts);
+        memcpy(last.rows, rows, bytes);
+        last.steps = steps;
+        last.dtype = dtype;
+    }
+    *restarts = last.restarts;
+    const bool found = last.found;
+    pthread_mutex_unlock(&last.lock);
+    return found;
 }

@@ -154,18 +154,20 @@ set_property(TEST comm_device_gpu APPEND PROPERTY ENVIRONMENT MUONSHARD_TEST_RAN
 set_property(TEST trace_gpu APPEND PROPERTY ENVIRONMENT MUONSHARD_TEST_SHARE=1)
 # With other ranks a batch may take another kernel, and a card's kernels differ in their last bits.
 set_property(TEST checkpoint_gpu APPEND PROPERTY ENVIRONMENT "MUONSHARD_TEST_SHARE=1;MUONSHARD_TEST_ONLY=same_ranks")
-if(TARGET muonshard_cuda) # the kernel of tiles as nvcc has it
+# The kernel of tiles as nvcc has it, and what the optimizer makes of it.
+function(hopper_test name program)
+  add_test(NAME ${name} COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/gpu/or_skip.sh --sm 9.0 $<TARGET_FILE:${program}>)
+  set_tests_properties(${name} PROPERTIES TIMEOUT 600 LABELS gpu SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT
+    "LD_LIBRARY_PATH=${PROJECT_BINARY_DIR}:$ENV{LD_LIBRARY_PATH};OPENBLAS_NUM_THREADS=1;MUONSHARD_TEST_BACKEND=cuda;MUONSHARD_TEST_TILES=1;MUONSHARD_TILE_REPEATS=50")
+endfunction()
+if(TARGET muonshard_cuda)
   add_executable(test_tile_product_card test_tile_product.c ${PROJECT_BINARY_DIR}/cuda_tile_kernel.cu.o)
   set_source_files_properties(${PROJECT_BINARY_DIR}/cuda_tile_kernel.cu.o PROPERTIES GENERATED TRUE EXTERNAL_OBJECT TRUE)
   add_dependencies(test_tile_product_card muonshard_cuda)
   target_include_directories(test_tile_product_card PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/include)
   target_include_directories(test_tile_product_card SYSTEM PRIVATE ${CUDA_INCLUDE})
   target_link_libraries(test_tile_product_card PRIVATE ${CUDA_cudart} PkgConfig::CMOCKA stdc++ m muonshard_flags)
-  gpu_test(tile_product_card)
-  set_property(TEST tile_product_card_gpu APPEND PROPERTY ENVIRONMENT MUONSHARD_TILE_REPEATS=50)
+  hopper_test(tile_product_gpu test_tile_product_card)
 endif()
-foreach(name orthogonalize_cases newton_schulz)
-  add_test(NAME ${name}_tiles_gpu COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/gpu/or_skip.sh $<TARGET_FILE:test_${name}>)
-  set_tests_properties(${name}_tiles_gpu PROPERTIES TIMEOUT 600 LABELS gpu SKIP_RETURN_CODE 77 RUN_SERIAL TRUE ENVIRONMENT
-    "LD_LIBRARY_PATH=${PROJECT_BINARY_DIR}:$ENV{LD_LIBRARY_PATH};OPENBLAS_NUM_THREADS=1;MUONSHARD_TEST_BACKEND=cuda;MUONSHARD_TEST_TILES=1")
-endforeach()
+hopper_test(orthogonalize_cases_tiles_gpu test_orthogonalize_cases)
+hopper_test(newton_schulz_tiles_gpu test_newton_schulz)

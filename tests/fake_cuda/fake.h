@@ -57,6 +57,8 @@ __attribute__((visibility("default"))) void fake_cuda_seed(unsigned seed);
 __attribute__((visibility("default"))) void fake_hopper_seed(unsigned seed);
 /* Fragments so far of which two rows were stored to the same banks of shared memory. */
 __attribute__((visibility("default"))) long fake_hopper_conflicts(void);
+/* Kernels of clusters that were started so far. */
+__attribute__((visibility("default"))) long fake_hopper_launches(void);
 }
 
 #endif

@@ -3,6 +3,7 @@
  * wait. By environment: FAKE_HOPPER_SEED, as fake_hopper_seed. */
 #include "hopper_machine.h"
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -316,6 +317,12 @@ void fake_hopper_seed(unsigned seed) {
 }
 
 /* The kernels are made for sm_90a alone. */
+static std::atomic<long> launches{0};
+
+long fake_hopper_launches(void) {
+    return launches;
+}
+
 cudaError_t emulated_clusters(cudaStream_t stream, unsigned clusters, unsigned count,
                               size_t parameter_bytes, size_t shared_bytes,
                               std::function<void()> thread) {
@@ -328,6 +335,7 @@ cudaError_t emulated_clusters(cudaStream_t stream, unsigned clusters, unsigned c
         return cudaErrorInvalidValue;
     if (!clusters || clusters > 0x7fffffff / CLUSTER || !count || count > MOST_THREADS / CLUSTER)
         return cudaErrorInvalidConfiguration;
+    launches++;
     return fake_enqueue(stream, [=] {
         body = &thread;
         run_grid(clusters, count, (unsigned)shared_bytes);

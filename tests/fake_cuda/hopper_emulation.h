@@ -116,7 +116,7 @@ unsigned load_acquire(const unsigned *from);
 static inline void fence_device(void) {
 }
 
-static inline float load_shared_by_all(const float *from) {
+static inline float load_from_device(const float *from) {
     return *from;
 }
 

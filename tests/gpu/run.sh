@@ -96,7 +96,7 @@ tests="elementwise backend_data matrix_update alignment orthogonalize_cases newt
 # shellcheck disable=SC2010,SC2016,SC2046,SC2086 # words they are
 build() {
     local host core kernels alone gpt gpt_kernels command fixtures name libs
-    host="$(ls src/kernels/*.c | grep -v kernels/cuda) src/kernels/cuda_layout.c src/kernels/cuda_tiles.c"
+    host="$(ls src/kernels/*.c | grep -v kernels/cuda) src/kernels/cuda_layout.c"
     core="$(ls src/*.c src/optim/*.c) src/comm/comm.c src/comm/self.c src/comm/callbacks.c src/comm/nccl_open.c src/comm/mpi.c
         src/comm/mpi_positions.c $host"
     kernels="$(ls src/kernels/cuda*.c src/kernels/cuda*.cu) src/comm/nccl.c"
@@ -226,6 +226,8 @@ export -f build objects on_card with_tiles ranks_on_card train losses same_losse
 export mpi_libs tests
 
 times() {
+    local hopper=$tiles tiles=
+    [ -n "$hopper" ] && tiles_are_tested && tiles=yes
     if has_torch; then
         part vs_torch 300 vs_torch vs_torch 200 ${tiles:+--hopper} "${torch_words[@]}"
         [ -f $results/vs_torch.txt ] && cat $results/vs_torch.txt | tee -a $summary
@@ -239,12 +241,12 @@ times() {
         part step_gpt2_hopper 60 bench_step gpt2-hopper "${step_words[@]}" gemm_kernels=hopper
         part step_gpt2_hopper_fp16 60 bench_step gpt2-hopper-fp16 "${step_words[@]}" -c 0 ns_form=auto ns_dtype=fp16 gemm_kernels=hopper
     fi
-    part choices 150 choices "${choice_words[@]}"
+    part choices 210 choices "${choice_words[@]}"
     [ -f $results/choices.txt ] && cat $results/choices.txt >>$summary
     [ "$nccl" = yes ] && part step_shared_2 60 bench_shared "${shared_words[@]}"
     part calibrate 60 "$muonshard" bench --calibrate $results/machine.yaml -n 5 -w 1 -e $bytes backend=cuda
     if has_torch; then
-        part vs_torch_bf16 120 vs_torch vs_torch_bf16 60 "${torch_words[@]}" --dtype bf16 --model '' --ours "preset=torch${tiles:+ gemm_kernels=hopper}"
+        part vs_torch_bf16 120 vs_torch vs_torch_bf16 60 "${torch_words[@]}" --dtype bf16 --model '' --ours preset=torch ${tiles:+--hopper}
         [ -f $results/vs_torch_bf16.txt ] && cat $results/vs_torch_bf16.txt | tee -a $summary
     fi
 }
@@ -254,11 +256,10 @@ correct_tiles() {
     MUONSHARD_TILE_REPEATS=50 part test_tile_product 60 $out/test_tile_product
     part tiles_newton_schulz 60 with_tiles $out/test_newton_schulz
     part tiles_orthogonalize_cases 90 with_tiles $out/test_orthogonalize_cases
-    if grep -qE '^FAIL .*til' $summary; then
-        say "the kernel of tiles is wrong on this card: it is not timed"
-        tiles=
-    fi
+    grep -qE '^FAIL .*til' $summary && tiles= && say "the kernel of tiles is wrong on this card: it is not timed"
 }
+# What has been tested so far; a trial has nothing to test on.
+tiles_are_tested() { [ -n "$trial" ] || { [ -n "${ran[test_tile_product]-}" ] && [ -n "${ran[tiles_newton_schulz]-}" ] && [ -n "${ran[tiles_orthogonalize_cases]-}" ]; }; }
 correct() {
     for name in elementwise backend_data matrix_update alignment newton_schulz orthogonalize_cases presets conventions step_rules; do
         part test_$name 90 on_card $out/test_$name
@@ -315,6 +316,7 @@ correct_tiles
 correct
 reserved=0
 times
+correct_tiles
 correct
 for backend in host cuda; do
     part train_$backend 60 train $backend

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 nvdisasm=${1:-nvdisasm} folder=${2:-$(mktemp -d)}
+[ $# -ge 2 ] || trap 'rm -rf "$folder"' EXIT
 mkdir -p "$folder"
 nvcc -std=c++17 -O3 -fmad=false -arch=sm_90a -Isrc -Iinclude -Xptxas -v -cubin src/kernels/cuda_tile_kernel.cu \
     -o "$folder/tiles.cubin" 2>"$folder/ptxas.txt"
