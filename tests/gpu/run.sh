@@ -226,8 +226,6 @@ export -f build objects on_card with_tiles ranks_on_card train losses same_losse
 export mpi_libs tests
 
 times() {
-    local hopper=$tiles tiles=
-    [ -n "$hopper" ] && tiles_are_tested && tiles=yes
     if has_torch; then
         part vs_torch 300 vs_torch vs_torch 200 ${tiles:+--hopper} "${torch_words[@]}"
         [ -f $results/vs_torch.txt ] && cat $results/vs_torch.txt | tee -a $summary
@@ -252,14 +250,17 @@ times() {
 }
 # The kernel of tiles, and what the optimizer makes of it; without it nothing is timed with it.
 correct_tiles() {
-    [ -n "$tiles" ] || return
+    [ -n "$sm90" ] || return
     MUONSHARD_TILE_REPEATS=50 part test_tile_product 60 $out/test_tile_product
     part tiles_newton_schulz 60 with_tiles $out/test_newton_schulz
     part tiles_orthogonalize_cases 90 with_tiles $out/test_orthogonalize_cases
-    grep -qE '^FAIL .*til' $summary && tiles= && say "the kernel of tiles is wrong on this card: it is not timed"
+    tiles=
+    if grep -qE '^FAIL .*til' $summary; then
+        say "the kernel of tiles is wrong on this card: it is not timed"
+    elif [ -n "${ran[test_tile_product]-}" ] && [ -n "${ran[tiles_newton_schulz]-}" ] && [ -n "${ran[tiles_orthogonalize_cases]-}" ]; then
+        tiles=yes
+    fi
 }
-# What has been tested so far; a trial has nothing to test on.
-tiles_are_tested() { [ -n "$trial" ] || { [ -n "${ran[test_tile_product]-}" ] && [ -n "${ran[tiles_newton_schulz]-}" ] && [ -n "${ran[tiles_orthogonalize_cases]-}" ]; }; }
 correct() {
     for name in elementwise backend_data matrix_update alignment newton_schulz orthogonalize_cases presets conventions step_rules; do
         part test_$name 90 on_card $out/test_$name
@@ -285,16 +286,15 @@ finish() {
 
 card=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total,power.limit --format=csv,noheader 2>/dev/null | head -n 1)
 say "# $(date -u +%Y-%m-%dT%H:%M:%SZ) tests/gpu/run.sh $*; commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown); $(nproc) cores; ${card:-no card}"
-nccl=yes tiles=
-[ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)" = 9.0 ] && tiles=yes
-[ -n "$trial" ] && tiles=yes
-export tiles
+nccl=yes sm90=
+[ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)" = 9.0 ] && sm90=yes
+export tiles=${trial:+yes} # products of our own are timed
 if [ -n "$trial" ]; then
     times
     finish
 fi
 # The card's own instructions are enough for it.
-[ -n "$tiles" ] && archs=$hopper
+[ -n "$sm90" ] && archs=$hopper
 # shellcheck disable=SC2034 # compile_one has it
 part build "$budget" build
 if [ -n "${MUONSHARD_GPU_FAKE-}" ] || [ ! -e /dev/nvidiactl ]; then
