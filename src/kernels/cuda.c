@@ -455,6 +455,7 @@ static muonshard_status describe_device(backend *self, error_text *error) {
             cudaGetErrorString(code));
     memcpy(self->device, p.uuid.bytes, sizeof self->device);
     cuda_of(self)->processors = p.multiProcessorCount;
+    cuda_of(self)->capability = 10 * p.major + p.minor;
     snprintf(cuda_of(self)->model, sizeof cuda_of(self)->model, "%.30s, sm_%d%d", p.name, p.major,
              p.minor);
     int at = snprintf(self->device_text, sizeof self->device_text,

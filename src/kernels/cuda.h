@@ -18,6 +18,7 @@ typedef struct cuda_impl {
     gemm_table *gemms;                  /* own */
     bool measures_gemms;                /* algorithms are chosen by time */
     int processors;                     /* multiprocessors of the device */
+    int capability;                     /* of it: 90 is sm_90 */
     char model[48];                     /* of the device: name and architecture */
     int panels;                         /* of symmetric products; 0: as many as pay */
     struct tile_products *tiles;        /* own; NULL: all products are cuBLASLt's */

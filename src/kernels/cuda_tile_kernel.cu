@@ -194,6 +194,11 @@ template <int Width> struct part {
     }
 };
 
+/* The threads of a group. */
+__device__ static inline void group_sync(int group) {
+    named_barrier(1 + (unsigned)group, GROUP);
+}
+
 template <int Width>
 __device__ void publish(const tile_product_args &p, int group,
                         const float (&sums)[shape<Width>::halves][Width / 2]) {
@@ -205,7 +210,7 @@ __device__ void publish(const tile_product_args &p, int group,
         for (int i = 0; i < Width / 2; i++)
             mine.sums[(size_t)(h * Width / 2 + i) * GROUP + t] = sums[h][i];
     fence_device();
-    named_barrier(1 + (unsigned)group, GROUP);
+    group_sync(group);
     if (t == 0)
         store_release(mine.flag, 1);
 }
@@ -225,7 +230,7 @@ __device__ void collect(const tile_product_args &p, const tile_segment &s, int c
             }
             *theirs.flag = 0;
         }
-        named_barrier(1 + (unsigned)group, GROUP);
+        group_sync(group);
 #pragma unroll
         for (int h = 0; h < shape<Width>::halves; h++)
 #pragma unroll
@@ -242,7 +247,7 @@ typedef enum manner { AS_IT_IS, TURNED, SYMMETRIC } manner;
 /* The boxes of a group that are on their way out. */
 struct outbox {
     uint32_t slots;
-    unsigned barrier;
+    int group;
     int next = 0;
 };
 
@@ -272,7 +277,7 @@ __device__ static inline void send(outbox &out, manner how, const uint32_t (&wor
     out.next = (out.next + 1) % SLOTS;
     if (t == 0)
         tma_wait_read<SLOTS - 1>();
-    named_barrier(out.barrier, GROUP);
+    group_sync(out.group);
 #pragma unroll
     for (unsigned pair = 0; pair < FRAGMENTS / 4; pair++) { /* of 8 columns each */
         const uint32_t four[4] = {words[4 * pair], words[4 * pair + 1], words[4 * pair + 2],
@@ -288,11 +293,11 @@ __device__ static inline void send(outbox &out, manner how, const uint32_t (&wor
         }
     }
     if (how == SYMMETRIC) {
-        named_barrier(out.barrier, GROUP);
+        group_sync(out.group);
         write_upper(slot, words);
     }
     fence_for_tma();
-    named_barrier(out.barrier, GROUP);
+    group_sync(out.group);
     if (t == 0) {
         tma_store(map, slot, col, row, matrix);
         if (copy)
@@ -399,7 +404,7 @@ __device__ void compute(const tile_product_args &p, uint32_t shared, int cluster
     ring<Width> at(shared);
     outbox out;
     out.slots = shared + S::slots_at + (uint32_t)group * SLOTS * BOX_BYTES;
-    out.barrier = 1 + (unsigned)group;
+    out.group = group;
     float sums[S::halves][Width / 2];
     tile_segment s, next = tile_segment_of(&p.work, cluster, 0);
     for (int i = 0; next.begin < next.end; i++) {

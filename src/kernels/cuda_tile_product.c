@@ -8,22 +8,25 @@
 
 #include "kernels/cuda_gemm.h"
 
-enum { MOST_MATRICES = 1 << 16, TMA_BYTES = 16, CLUSTER_BLOCKS = 2, FLAGS = 4 /* a cluster */ };
+enum {
+    MOST_MATRICES = 1 << 16,
+    TMA_BYTES = 16,
+    CLUSTER_BLOCKS = TILE_UNIT / TILE_ROWS,
+    FLAGS = 4 /* a cluster */
+};
 
 typedef struct tile_products {
     PFN_cuTensorMapEncodeTiled_v12000 encode;
     unsigned *flags; /* own, device, [clusters, FLAGS] */
     int clusters;    /* that run at a time */
-    bool may_cut;
+    bool may_cut;    /* units along the depth: it is allowed, and there is room for their sums */
 } tile_products;
 
 muonshard_status tile_products_open(backend *self, bool may_cut) {
     cuda_impl *impl = cuda_of(self);
-    struct cudaDeviceProp p;
     enum cudaDriverEntryPointQueryResult found;
     void *encode = NULL, *flags;
-    TRY_CUDA(self, cudaGetDeviceProperties(&p, self->ordinal));
-    FAIL_IF(p.major != 9 || p.minor != 0, &self->error, MUONSHARD_ERR_CONFIG,
+    FAIL_IF(impl->capability != 90, &self->error, MUONSHARD_ERR_CONFIG,
             "gemm_kernels: hopper is for sm_90, this is %s; cublaslt is for all",
             self->device_text);
     TRY_CUDA(self, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
@@ -34,8 +37,9 @@ muonshard_status tile_products_open(backend *self, bool may_cut) {
     FAIL_IF(!tiles, &self->error, MUONSHARD_ERR_MEMORY, "out of memory");
     impl->tiles = tiles;
     memcpy(&tiles->encode, &encode, sizeof encode);
-    tiles->may_cut = may_cut;
     tiles->clusters = impl->processors / CLUSTER_BLOCKS;
+    const size_t sums = sizeof(float) * CLUSTER_BLOCKS * TILE_ROWS * TILE_UNIT; /* a cluster's */
+    tiles->may_cut = may_cut && (size_t)tiles->clusters * sums <= GEMM_WORKSPACE;
     const size_t bytes = (size_t)tiles->clusters * FLAGS * sizeof(unsigned);
     TRY(self->ops->alloc(self, &flags, bytes));
     tiles->flags = flags;
@@ -141,12 +145,6 @@ static bool run_cut(const void *context, int i) {
     return launch(l, l->cuts[i]) == cudaSuccess;
 }
 
-/* Sums of units that are cut have to have room. */
-static bool may_cut(const tile_products *tiles) {
-    const size_t bytes = sizeof(float) * CLUSTER_BLOCKS * TILE_ROWS * TILE_UNIT;
-    return tiles->may_cut && (size_t)tiles->clusters * bytes <= GEMM_WORKSPACE;
-}
-
 static muonshard_status choose(tile_launch *l, bool by_time, tile_cut *cut) {
     const tile_product *t = l->product;
     const tile_products *tiles = cuda_of(l->self)->tiles;
@@ -155,11 +153,11 @@ static muonshard_status choose(tile_launch *l, bool by_time, tile_cut *cut) {
     int best = 0;
     if (!by_time) {
         *cut = tile_choose(rows, cols, depth, t->symmetric, l->matrices, tiles->clusters,
-                           may_cut(tiles));
+                           tiles->may_cut);
         return MUONSHARD_OK;
     }
     const int count = tile_cuts(rows, cols, depth, t->symmetric, l->matrices, tiles->clusters,
-                                may_cut(tiles), cuts);
+                                tiles->may_cut, cuts);
     l->cuts = cuts;
     TRY(gemm_fastest(l->self, run_cut, l, count, &best));
     *cut = cuts[best];
@@ -171,7 +169,7 @@ static muonshard_status find_cut(tile_launch *l, bool by_time, tile_cut *cut) {
     cuda_impl *impl = cuda_of(l->self);
     gemm_key key;
     memset(&key, 0, sizeof key);
-    key.tiles = 1 + t->a_turned + 2 * may_cut(impl->tiles);
+    key.tiles = 1 + t->a_turned + 2 * impl->tiles->may_cut;
     key.symmetric = t->symmetric;
     key.operands = key.stored = t->dtype == NS_BF16 ? GEMM_BF16 : GEMM_FP16;
     key.b_transposed = !t->b_turned;

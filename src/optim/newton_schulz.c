@@ -4,8 +4,8 @@
 #include "optim/coefficients.h"
 #include "optim/gram.h"
 
-/* Columns a row from which `auto` thinks of it: below, what it saves is less than its more launches
- * and its rounding cost. */
+/* Columns a row from which `auto` thinks of it; with fewer it saves less than a tenth
+ * (docs/measurements/2026-11-30-hopper-kernel.md). */
 #define GRAM_PAYS 1.5
 /* Above this X in bf16 and its Gram matrix can part until nothing is finite. */
 enum { GRAM_BF16_SLOPE = 10000 };
